@@ -1,1 +1,31 @@
+"""The operators that memory layers are made of; each is a plain PyTorch reference behind a registered operator."""
 
+from ultramem.ops.bag import bag, bag_reference
+from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
+from ultramem.ops.product_topk import (
+    Search,
+    check_search,
+    coarse_candidates,
+    product_topk,
+    product_topk_macs,
+    product_topk_reference,
+)
+from ultramem.ops.row_gradients import RowContribution, RowGradients
+from ultramem.ops.scatter import scatter, scatter_reference
+
+__all__ = [
+    "RowContribution",
+    "RowGradients",
+    "Search",
+    "bag",
+    "bag_reference",
+    "check_search",
+    "coarse_candidates",
+    "gather_dot",
+    "gather_dot_reference",
+    "product_topk",
+    "product_topk_macs",
+    "product_topk_reference",
+    "scatter",
+    "scatter_reference",
+]

@@ -1,0 +1,214 @@
+"""Tucker-decomposed query-key retrieval: from a token to the scored slots of a product-key grid."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ultramem.ops import Search, coarse_candidates, product_topk
+from ultramem.ops.precision import accumulation_dtype, without_autocast
+
+NORM_EPSILON = 1e-5
+# Tokens of the simulation that sets the norm gains: the mean score's standard error is then well under one percent.
+_SIMULATED_TOKENS = 512
+
+
+def rms_normalize(x: Tensor, gain: Tensor, dim: int) -> Tensor:
+    """X / rms(x) along ``dim``, times a gain [size of dim]; computed and returned in fp32 (fp64 for fp64)."""
+    x = x.to(accumulation_dtype(x))
+    normed = x * torch.rsqrt(x.square().mean(dim, keepdim=True) + NORM_EPSILON)
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return normed * gain.to(x.dtype).view(shape)
+
+
+class Retrieved(NamedTuple):
+    """Slots that the tokens selected: scores [N, H, K, C] and grid indices [N, H, K], with the search's inputs."""
+
+    scores_NHKC: Tensor
+    slots_NHK: Tensor
+    row_scores_NHSr: Tensor
+    col_scores_NHSr: Tensor
+
+
+class TuckerRetrieval(nn.Module):
+    """Product keys with a rank axis, one query for all heads, and Tucker cores (UltraMem, arXiv 2411.12364, §3.2).
+
+    S_row[i, ρ] = ⟨K_row[i, :, ρ], q_row⟩ after RMS norm of both, likewise for columns;
+    g_c(i, j) = S_row[i] C_c S_col[j]ᵀ.
+
+    Args:
+        hidden_size: D.
+        num_keys: S, keys per side.
+        key_dim: kd.
+        num_heads: H; heads share the query and differ in their keys and cores.
+        num_cores: C.
+        rank: r.
+        top_k: slots per token and head.
+        coarse_top_k: keys that each side keeps before the grid is scored.
+        search: see `ultramem.ops.product_topk`.
+        query_per_rank: a query of its own for every rank (UltraMemV2).
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {
+        "keys": "key",
+        "cores": "key",
+        "query_norm": "norm",
+        "key_norm": "norm",
+    }
+    # fp32 whatever the model is cast to: a rounded direction would select other slots.
+    fp32_buffers: ClassVar[tuple[str, ...]] = ("row_direction", "col_direction")
+    row_direction: Tensor
+    col_direction: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_keys: int,
+        key_dim: int,
+        num_heads: int,
+        num_cores: int,
+        rank: int,
+        top_k: int,
+        coarse_top_k: int,
+        search: Search,
+        query_per_rank: bool,
+    ) -> None:
+        super().__init__()
+        self.key_dim, self.top_k, self.coarse_top_k, self.search = key_dim, top_k, coarse_top_k, search
+        self.num_queries = rank if query_per_rank else 1
+        self.query_proj = nn.Linear(hidden_size, 2 * self.num_queries * key_dim, bias=False)
+        self.query_norm = nn.Parameter(torch.empty(key_dim))
+        self.key_norm = nn.Parameter(torch.empty(key_dim))
+        self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim, rank))
+        self.cores = nn.Parameter(torch.empty(num_cores, num_heads, rank, rank))
+        self.register_buffer("row_direction", torch.empty(num_heads, rank, dtype=torch.float32))
+        self.register_buffer("col_direction", torch.empty(num_heads, rank, dtype=torch.float32))
+        self._refreshed_version = -1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TuckerRetrieval":
+        before = {name: getattr(self, name) for name in self.fp32_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, buffer.to(device=after.device))
+        return self
+
+    @torch.no_grad()
+    @without_autocast
+    def refresh(self) -> None:
+        """Recompute the leading singular pair (u, t) of Σ_c C_c; call after every optimizer step.
+
+        The pair's common sign is the one nearer, in L1 distance, to the pair that it replaces. In training mode the
+        layer also calls this by itself when its cores have changed (except under `torch.compile`).
+        """
+        u, _, vh = torch.linalg.svd(self.cores.float().sum(0))
+        row, col = u[..., :, 0], vh[..., 0, :]
+        previous_row, previous_col = self.row_direction, self.col_direction
+        distance = (row - previous_row).abs().sum(-1) + (col - previous_col).abs().sum(-1)
+        flipped = (row + previous_row).abs().sum(-1) + (col + previous_col).abs().sum(-1)
+        sign = torch.where(flipped < distance, -1.0, 1.0)[:, None]
+        self.row_direction.copy_(sign * row)
+        self.col_direction.copy_(sign * col)
+        self._refreshed_version = self.cores._version
+
+    @torch.no_grad()
+    def reset_parameters(self, query_std: float, norm_gain: float | None) -> None:
+        """Draw keys from N(0, 1/kd), cores from U(0, 1), the query projection from N(0, query_std²).
+
+        Args:
+            query_std: standard deviation of the query projection.
+            norm_gain: gain of both norms; None simulates the retrieval with the drawn weights on normal inputs and sets
+                the gains so that the mean selected score, over tokens, slots and cores, is 1.
+        """
+        init.normal_(self.query_proj.weight, std=query_std)
+        init.normal_(self.keys, std=self.key_dim**-0.5)
+        init.uniform_(self.cores)
+        if self.keys.is_meta:
+            return
+        if not getattr(self.row_direction, "_is_hf_initialized", False):
+            self.row_direction.zero_()
+            self.col_direction.zero_()
+            self.refresh()
+        if norm_gain is None:
+            # Scores are of degree two in each gain.
+            norm_gain = float(self.simulate(gains=1.0).mean().clamp_min(1e-12)) ** -0.25
+        init.constant_(self.query_norm, norm_gain)
+        init.constant_(self.key_norm, norm_gain)
+
+    @torch.no_grad()
+    @without_autocast
+    def simulate(self, gains: float | None = None, seed: int = 0) -> Tensor:
+        """Selected scores [tokens, H, K, C] of standard normal inputs, with the present weights.
+
+        Args:
+            gains: replaces the gains of both norms; None keeps them.
+            seed: of the inputs.
+        """
+        weight = self.query_proj.weight
+        generator = torch.Generator(device=weight.device).manual_seed(seed)
+        x_ND = torch.randn(_SIMULATED_TOKENS, weight.shape[1], generator=generator, device=weight.device)
+        query_gain, key_gain = (
+            (torch.full_like(gain, gains) if gains is not None else gain) for gain in (self.query_norm, self.key_norm)
+        )
+        return self._retrieve(x_ND.to(weight.dtype), query_gain, key_gain).scores_NHKC
+
+    def forward(self, x_ND: Tensor) -> Retrieved:
+        """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
+        if self.training and not torch.compiler.is_compiling() and self.cores._version != self._refreshed_version:
+            self.refresh()
+        return self._retrieve(x_ND, self.query_norm, self.key_norm)
+
+    def _retrieve(self, x_ND: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
+        query = self.query_proj(x_ND).view(-1, 2, self.num_queries, self.key_dim)
+        return self._search(query, query_gain, key_gain)
+
+    @without_autocast
+    def _search(self, query_N2Qd: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
+        query_N2Qd = rms_normalize(query_N2Qd, query_gain, dim=-1)
+        keys_H2Sdr = rms_normalize(self.keys, key_gain, dim=3).to(query_N2Qd.dtype)
+        row, col = (self._fine_scores(query_N2Qd[:, side], keys_H2Sdr[:, side]) for side in (0, 1))
+        cores = self.cores.to(row.dtype)
+        directions = (self.row_direction.to(row.dtype), self.col_direction.to(row.dtype))
+        scores, slots = product_topk(
+            row, col, cores, *directions, top_k=self.top_k, coarse_top_k=self.coarse_top_k, search=self.search
+        )
+        return Retrieved(scores, slots, row, col)
+
+    def _fine_scores(self, query_NQd: Tensor, keys_HSdr: Tensor) -> Tensor:
+        if self.num_queries == 1:
+            return torch.einsum("nd,hsdr->nhsr", query_NQd[:, 0], keys_HSdr)
+        return torch.einsum("nrd,hsdr->nhsr", query_NQd, keys_HSdr)
+
+    @without_autocast
+    def tucker_penalty(self, margin: float) -> Tensor:
+        """1/(r−1) · Σ_{i≥2} max(0, λ_i − margin)², λ the singular values of Σ_c C_c, averaged over heads; a scalar."""
+        values_Hr: Tensor = torch.linalg.svdvals(self.cores.to(accumulation_dtype(self.cores)).sum(0))
+        if values_Hr.shape[1] == 1:
+            return values_Hr.new_zeros(())
+        return (values_Hr[:, 1:] - margin).clamp_min(0).square().mean()
+
+    @without_autocast
+    def key_balance(self, retrieved: Retrieved) -> Tensor:
+        """S · Σ_i p_i f_i for each side, added: p the mean softmax of the coarse scores, f the share of selections."""
+        total = retrieved.scores_NHKC.new_zeros(())
+        for scores_NHSr, direction in (
+            (retrieved.row_scores_NHSr, self.row_direction),
+            (retrieved.col_scores_NHSr, self.col_direction),
+        ):
+            coarse_NHS = torch.einsum("nhsr,hr->nhs", scores_NHSr, direction.to(scores_NHSr.dtype))
+            probability_S = coarse_NHS.softmax(-1).mean((0, 1))
+            selected = torch.cat(coarse_candidates(coarse_NHS.detach(), self.coarse_top_k, self.search), dim=-1)
+            count_S = torch.zeros_like(probability_S).scatter_add_(
+                0, selected.flatten(), torch.ones_like(selected, dtype=probability_S.dtype).flatten()
+            )
+            total = total + coarse_NHS.shape[2] * (probability_S * count_S / selected.numel()).sum()
+        return total
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        heads, _, side, key_dim, rank = self.keys.shape
+        return f"heads={heads}, keys={side}, key_dim={key_dim}, rank={rank}, top_k={self.top_k}, search={self.search}"

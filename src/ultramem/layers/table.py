@@ -1,0 +1,100 @@
+"""The pool of rows that memory layers read, and the ring windows through which layers see it."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ultramem.errors import ConfigError
+from ultramem.ops import RowGradients, bag, gather_dot
+
+TableGradients = Literal["dense", "rows"]
+
+
+@dataclass(frozen=True)
+class RingWindow:
+    """The part of a ring of ``num_rows`` rows that one layer addresses: ``size`` rows from ``offset`` on."""
+
+    offset: int
+    size: int
+    num_rows: int
+
+    def physical_rows(self, virtual_NK: Tensor) -> Tensor:
+        """Rows of the pool [N, K] int64 behind virtual indices: ((virtual mod size) + offset) mod num_rows."""
+        return (virtual_NK.long() % self.size + self.offset) % self.num_rows
+
+
+def window_side(num_keys: int, num_memories: int, share_ratio: float | None) -> int:
+    """Side w of a layer's square window: ⌊√(share_ratio · L · n²)⌋ (UltraMemV2, arXiv 2508.18756).
+
+    Args:
+        num_keys: n, keys per side of one layer's own share.
+        num_memories: L.
+        share_ratio: share of the pool that each layer sees, in (0, 1]; None for 1/L, a private window of n² rows.
+    """
+    if share_ratio is None:
+        return num_keys
+    # 1e-6 of a row: share_ratio 1/3 of 3·n² rows must not round down to n² − 1.
+    return math.isqrt(int(share_ratio * num_memories * num_keys**2 + 1e-6))
+
+
+class MemoryPool(nn.Module):
+    """Rows of values, and optionally of pre-values, shared by the memory layers of a model, which owns it.
+
+    Args:
+        num_rows: R, rows of the pool (L·n² for UltraMemV2).
+        value_dim: V.
+        pre_value_dim: U; 0 for a pool without pre-values.
+        table_gradients: ``dense`` leaves gradients in ``.grad``; ``rows`` collects them as (rows, row gradients) in
+            ``value_gradients`` and ``pre_value_gradients`` (see `ultramem.ops.RowGradients`).
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"values": "table", "pre_values": "table"}
+    pre_values: nn.Parameter | None
+
+    def __init__(
+        self, num_rows: int, value_dim: int, pre_value_dim: int = 0, table_gradients: TableGradients = "dense"
+    ) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(num_rows, value_dim))
+        self.register_parameter(
+            "pre_values", nn.Parameter(torch.empty(num_rows, pre_value_dim)) if pre_value_dim else None
+        )
+        self.set_table_gradients(table_gradients)
+
+    @property
+    def num_rows(self) -> int:
+        """R, rows of the pool."""
+        return self.values.shape[0]
+
+    def set_table_gradients(self, mode: TableGradients) -> None:
+        """Choose how table gradients are kept from now on. Raises ConfigError on an unknown mode."""
+        if mode not in get_args(TableGradients):
+            raise ConfigError(f"table_gradients must be one of {', '.join(get_args(TableGradients))}; got {mode!r}.")
+        self.table_gradients = mode
+        rows = mode == "rows"
+        self.value_gradients = RowGradients(*self.values.shape) if rows else None
+        self.pre_value_gradients = (
+            RowGradients(*self.pre_values.shape) if rows and self.pre_values is not None else None
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Draw values and pre-values from N(0, std²)."""
+        init.normal_(self.values, std=std)
+        if self.pre_values is not None:
+            init.normal_(self.pre_values, std=std)
+
+    def pool_values(self, rows_NK: Tensor, w: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1) -> Tensor:
+        """`ultramem.ops.bag` over the values: [N, E·V]."""
+        return bag(
+            rows_NK, w, self.values, block_NK=block_NK, num_blocks=num_blocks, row_gradients=self.value_gradients
+        )
+
+    def dot_pre_values(self, rows_NK: Tensor, x_NU: Tensor) -> Tensor:
+        """`ultramem.ops.gather_dot` with the pre-values: [N, K]."""
+        assert self.pre_values is not None, "the layer has pre-values but its pool does not"
+        return gather_dot(rows_NK, x_NU, self.pre_values, row_gradients=self.pre_value_gradients)

@@ -1,0 +1,240 @@
+"""product_topk: the two-stage search for the best slots of a product-key grid with Tucker scores."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ultramem.ops.precision import without_autocast
+
+Search = Literal["two_stage", "signed", "exact"]
+
+# The exact search scores the whole grid; chunks of tokens keep that below this many elements at a time.
+_EXACT_CHUNK_ELEMENTS = 1 << 24
+
+
+def num_candidates(search: Search, side: int, coarse_top_k: int) -> int:
+    """How many grid slots a search scores: the largest top_k that it can return."""
+    if search == "exact":
+        return side * side
+    if search == "signed":
+        return math.ceil(coarse_top_k / 2) ** 2 + (coarse_top_k // 2) ** 2
+    return coarse_top_k**2
+
+
+def product_topk_macs(
+    side: int, rank: int, num_heads: int, num_cores: int, top_k: int, coarse_top_k: int, search: Search
+) -> int:
+    """Multiply-adds of the search per token: coarse scores, candidate grid, per-core scores of the selected slots."""
+    if search == "exact":
+        quadrants, coarse = [side], 0
+    elif search == "signed":
+        quadrants, coarse = [math.ceil(coarse_top_k / 2), coarse_top_k // 2], 2 * side * rank
+    else:
+        quadrants, coarse = [coarse_top_k], 2 * side * rank
+    grid = sum(keys * rank**2 + keys**2 * rank for keys in quadrants)
+    return num_heads * (coarse + grid + top_k * num_cores * (rank**2 + rank))
+
+
+def check_search(search: str, side: int, top_k: int, coarse_top_k: int) -> None:
+    """Raise ValueError, saying what is allowed, if a search cannot return ``top_k`` slots of a grid of that side."""
+    if search not in get_args(Search):
+        raise ValueError(f"search must be one of {', '.join(get_args(Search))}; got {search!r}.")
+    if search != "exact" and not 1 <= coarse_top_k <= side:
+        raise ValueError(f"coarse_top_k must lie between 1 and the {side} keys of a side; got {coarse_top_k}.")
+    most = num_candidates(search, side, coarse_top_k)  # type: ignore[arg-type]
+    if not 1 <= top_k <= most:
+        raise ValueError(
+            f"top_k must lie between 1 and {most}, the candidates of search {search!r} with {side} keys a side and "
+            f"coarse_top_k {coarse_top_k}; got {top_k}."
+        )
+
+
+def coarse_candidates(coarse_NHS: Tensor, coarse_top_k: int, search: Search) -> list[Tensor]:
+    """The keys of one side that the coarse stage keeps, as one [N, H, m'] index block per quadrant of the search."""
+    if search == "signed":
+        largest, smallest = math.ceil(coarse_top_k / 2), coarse_top_k // 2
+        parts = [coarse_NHS.topk(largest, dim=-1).indices]
+        return [*parts, coarse_NHS.topk(smallest, dim=-1, largest=False).indices] if smallest else parts
+    return [coarse_NHS.topk(coarse_top_k, dim=-1).indices]
+
+
+def take_keys(scores_NHSr: Tensor, keys_NHK: Tensor) -> Tensor:
+    """The scores of chosen keys: [N, H, K, r] out of [N, H, S, r]."""
+    return scores_NHSr.gather(2, keys_NHK[..., None].expand(*keys_NHK.shape, scores_NHSr.shape[3]))
+
+
+def _best_of_quadrants(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    core_Hrr: Tensor,
+    quadrants: list[tuple[Tensor, Tensor]],
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Score every pair inside each quadrant and return the row and column keys [N, H, K] of the top_k."""
+    scores, rows, cols = [], [], []
+    for rows_NHm, cols_NHm in quadrants:
+        grid = torch.einsum(
+            "nhir,hrq,nhjq->nhij", take_keys(row_scores_NHSr, rows_NHm), core_Hrr, take_keys(col_scores_NHSr, cols_NHm)
+        )
+        scores.append(grid.flatten(2))
+        rows.append(rows_NHm[..., :, None].expand(grid.shape).flatten(2))
+        cols.append(cols_NHm[..., None, :].expand(grid.shape).flatten(2))
+    best = torch.cat(scores, dim=2).topk(top_k, dim=2).indices
+    return torch.cat(rows, dim=2).gather(2, best), torch.cat(cols, dim=2).gather(2, best)
+
+
+def _best_of_grid(
+    row_scores_NHSr: Tensor, col_scores_NHSr: Tensor, core_Hrr: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The exact search: the row and column keys [N, H, K] of the top_k of the whole grid."""
+    _, num_heads, side, _ = row_scores_NHSr.shape
+    chunk = max(1, _EXACT_CHUNK_ELEMENTS // (num_heads * side * side))
+    best = [
+        torch.einsum("nhir,hrq,nhjq->nhij", rows, core_Hrr, cols).flatten(2).topk(top_k, dim=2).indices
+        for rows, cols in zip(torch.split(row_scores_NHSr, chunk), torch.split(col_scores_NHSr, chunk), strict=True)
+    ]
+    slots = torch.cat(best) if best else row_scores_NHSr.new_empty(0, num_heads, top_k, dtype=torch.int64)
+    return slots // side, slots % side
+
+
+@without_autocast
+def product_topk_reference(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor,
+    row_direction_Hr: Tensor,
+    col_direction_Hr: Tensor,
+    top_k: int,
+    coarse_top_k: int,
+    search: Search = "two_stage",
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of `product_topk`; every backend must agree with it."""
+    core_Hrr = cores_CHrr.sum(0)
+    if search == "exact":
+        rows, cols = _best_of_grid(row_scores_NHSr, col_scores_NHSr, core_Hrr, top_k)
+    else:
+        coarse_row = torch.einsum("nhsr,hr->nhs", row_scores_NHSr, row_direction_Hr)
+        coarse_col = torch.einsum("nhsr,hr->nhs", col_scores_NHSr, col_direction_Hr)
+        quadrants = zip(
+            coarse_candidates(coarse_row, coarse_top_k, search),
+            coarse_candidates(coarse_col, coarse_top_k, search),
+            strict=True,
+        )
+        rows, cols = _best_of_quadrants(row_scores_NHSr, col_scores_NHSr, core_Hrr, list(quadrants), top_k)
+    scores_NHKC = torch.einsum(
+        "nhkr,chrq,nhkq->nhkc", take_keys(row_scores_NHSr, rows), cores_CHrr, take_keys(col_scores_NHSr, cols)
+    )
+    return scores_NHKC.contiguous(), rows * row_scores_NHSr.shape[2] + cols
+
+
+@torch.library.custom_op("ultramem::product_topk", mutates_args=())
+def _product_topk(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor,
+    row_direction_Hr: Tensor,
+    col_direction_Hr: Tensor,
+    top_k: int,
+    coarse_top_k: int,
+    search: str,
+) -> tuple[Tensor, Tensor]:
+    return product_topk_reference(
+        row_scores_NHSr,
+        col_scores_NHSr,
+        cores_CHrr,
+        row_direction_Hr,
+        col_direction_Hr,
+        top_k,
+        coarse_top_k,
+        search,  # type: ignore[arg-type]
+    )
+
+
+@_product_topk.register_fake
+def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads = row_scores_NHSr.shape[:2]
+    return (
+        row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, cores_CHrr.shape[0]),
+        row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+@without_autocast
+def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
+    row_scores, col_scores, cores_CHrr, slots_NHK = ctx.saved_tensors
+    side = row_scores.shape[2]
+    rows, cols = slots_NHK // side, slots_NHK % side
+    row_NHKr, col_NHKr = take_keys(row_scores, rows), take_keys(col_scores, cols)
+    # Scores are bilinear in both sides and linear in the cores; only the selected slots carry gradient.
+    weighted = torch.einsum("nhkc,chrq->nhkrq", grad_scores_NHKC, cores_CHrr)
+    grad_row = torch.einsum("nhkrq,nhkq->nhkr", weighted, col_NHKr)
+    grad_col = torch.einsum("nhkrq,nhkr->nhkq", weighted, row_NHKr)
+    grad_cores = torch.einsum("nhkc,nhkr,nhkq->chrq", grad_scores_NHKC, row_NHKr, col_NHKr)
+
+    def scatter_keys(gradient: Tensor, keys: Tensor) -> Tensor:
+        return torch.zeros_like(row_scores).scatter_add_(2, keys[..., None].expand(gradient.shape), gradient)
+
+    return scatter_keys(grad_row, rows), scatter_keys(grad_col, cols), grad_cores, None, None, None, None, None
+
+
+@register_flop_formula(torch.ops.ultramem.product_topk)
+def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, **_):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, side, rank = row_shape
+    return 2 * num_tokens * product_topk_macs(side, rank, num_heads, cores_shape[0], top_k, coarse_top_k, search)
+
+
+_product_topk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def product_topk(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor,
+    row_direction_Hr: Tensor,
+    col_direction_Hr: Tensor,
+    *,
+    top_k: int,
+    coarse_top_k: int | None = None,
+    search: Search = "two_stage",
+) -> tuple[Tensor, Tensor]:
+    """Find the slots of a product-key grid with the largest Tucker scores (UltraMem, arXiv 2411.12364, §3.2).
+
+    g_c(i, j) = row[i, :] · C_c · col[j, :]ᵀ,   selection score g(i, j) = Σ_c g_c(i, j)
+
+    ``two_stage``, as published: the coarse scores row · u and col · t keep the top m keys of each side; the exact g
+    selects among the m × m pairs. A product of two negative coarse scores, a large positive grid score, is never a
+    candidate. ``signed``: the m/2 largest and the m/2 smallest coarse scores of each side, and the two quadrants of
+    equal sign; half the candidates, nearly exact. ``exact``: the whole grid, against which recall is measured.
+
+    Args:
+        row_scores_NHSr: fine scores of the row keys, S keys a side and r ranks, for N tokens and H heads; fp32 or fp64.
+        col_scores_NHSr: the same for the column keys.
+        cores_CHrr: the Tucker cores, C of them per head.
+        row_direction_Hr: u, the leading left singular vector of Σ_c C_c; carries no gradient.
+        col_direction_Hr: t, the leading right singular vector.
+        top_k: K slots per head and token; at most the candidates of the search (m², signed about m²/2, exact S²).
+        coarse_top_k: m, the keys that each side keeps; None for top_k (at most S).
+        search: which of the three searches.
+
+    Returns:
+        scores [N, H, K, C] in the dtype of the fine scores, in descending order of Σ_c, differentiable in the fine
+        scores and the cores; grid indices i·S + j, [N, H, K] int64.
+
+    Raises:
+        ValueError: top_k, coarse_top_k or search outside what is allowed.
+    """
+    side = row_scores_NHSr.shape[2]
+    coarse_top_k = min(top_k, side) if coarse_top_k is None else coarse_top_k
+    check_search(search, side, top_k, coarse_top_k)
+    scores, slots = torch.ops.ultramem.product_topk(
+        row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search
+    )
+    return scores, slots
