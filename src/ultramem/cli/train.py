@@ -1,0 +1,30 @@
+"""``ultramem train``: one YAML file and overrides to a trained model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, e.g. configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that win over the file, e.g. optimizer.lr=0.001.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config, sizes, FLOPs and memory, and stop.")
+    ] = False,
+) -> None:
+    """Train a language model; the same command again resumes from the newest complete checkpoint."""
+    # OLMo-core takes seconds to import.
+    from ultramem.training.run import resolve_config
+    from ultramem.training.run import train as run_training
+
+    resolved, manifest = resolve_config(config, overrides or [])
+    if dry_run:
+        from ultramem.training.dry_run import print_dry_run
+
+        print_dry_run(resolved, manifest)
+        return
+    model_folder = run_training(resolved, manifest)
+    typer.echo(f"model: {model_folder}")

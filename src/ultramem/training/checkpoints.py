@@ -1,0 +1,138 @@
+"""Run folders: complete training states, self-contained model folders, and what a killed run leaves behind.
+
+A ``stepN`` folder is complete when its ``.metadata.json`` is there: OLMo-core writes it after the tensors, and removes
+it first when a folder goes. Everything else in this module is arranged so that the newest complete one always exists.
+"""
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from olmo_core.distributed.utils import get_rank
+from olmo_core.train.callbacks import CheckpointerCallback
+from olmo_core.train.checkpoint import Checkpointer
+from transformers import PreTrainedModel
+
+from ultramem.errors import CheckpointError
+
+
+def complete_steps(run_folder: Path) -> list[int]:
+    """Steps of the complete training states in a run folder, ascending."""
+    if not run_folder.is_dir():
+        return []
+    return sorted(step for step, _ in Checkpointer.find_checkpoints(str(run_folder)))
+
+
+def remove_leftovers(run_folder: Path) -> list[str]:
+    """Removes what an interrupted run left half-written: incomplete ``stepN`` folders and temporary folders.
+
+    Returns:
+        names of the removed folders.
+    """
+    complete = {f"step{step}" for step in complete_steps(run_folder)}
+    removed = []
+    for path in sorted(run_folder.glob("step*")) if run_folder.is_dir() else []:
+        is_incomplete = re.fullmatch(r"step\d+", path.name) and path.name not in complete
+        if is_incomplete or re.fullmatch(r"step\d+(-tmp|-hf\.(tmp|old))", path.name):
+            shutil.rmtree(path)
+            removed.append(path.name)
+    return removed
+
+
+@contextmanager
+def exclusive_run_folder(run_folder: Path) -> Iterator[None]:
+    """Holds the run folder's lock file; the operating system frees it however the process ends.
+
+    Raises:
+        CheckpointError: another process trains in this folder, or the folder cannot be written.
+    """
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = (run_folder / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the run folder '{run_folder}': {error.strerror}. Set 'run.save_folder' to a folder that "
+            "can be written"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process is training in '{run_folder}': wait for it, or set 'run.save_folder' to another one"
+            ) from error
+        yield
+
+
+def export_model(model: PreTrainedModel, tokenizer_folder: Path, target: Path) -> None:
+    """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place."""
+    temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.copytree(tokenizer_folder, temporary, dirs_exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass
+class RunCheckpointer(CheckpointerCallback):
+    """OLMo-core's checkpointer callback plus model exports, and a kept count that survives resuming."""
+
+    tokenizer_folder: str = ""
+
+    def post_checkpoint_loaded(self, path: str) -> None:
+        """Marks the loaded step as saved: OLMo-core would save it again at the end and fail, the folder being there."""
+        self._latest_checkpoint_step = self.step
+        self._latest_checkpoint_path = str(path)
+
+    def pre_train(self) -> None:
+        """Takes over the states that earlier processes of this run saved, and exports the newest if that is missing."""
+        super().pre_train()
+        run_folder = Path(self.save_folder)
+        self._checkpoints = [str(run_folder / f"step{step}") for step in complete_steps(run_folder)]
+        if self._checkpoints and not Path(self._checkpoints[-1] + "-hf").is_dir():
+            self._export(self._checkpoints[-1])
+
+    def post_train(self) -> None:
+        """Saves the last step and removes what is beyond the kept count now, not at a next step that never comes."""
+        super().post_train()
+        self._trim_checkpoints()
+        self._remove_old_checkpoints()
+
+    def _save_checkpoint(self, save_async: bool | None = None, ephemeral: bool = False) -> str:
+        """Saves state and model folder of this step.
+
+        OLMo-core's ``save_checkpoint_async`` records a metric from its writer thread while the main thread may be
+        reading the metrics; the checkpointer is called without that here.
+        """
+        trainer = self.trainer
+        self._await_last_checkpoint()
+        # The step's metrics reach their files before its checkpoint is complete, so that none is lost by a kill.
+        trainer._log_metrics()
+        trainer._join_bookkeeping_ops()
+        path = str(Path(self.save_folder) / self.checkpointer.checkpoint_dirname(self.step))
+        arguments = (path, trainer.train_module, trainer.state_dict())
+        if self.save_async if save_async is None else save_async:
+            self._future = self.checkpointer.save_async(*arguments, ephemeral=ephemeral)
+        else:
+            self.checkpointer.save(*arguments, ephemeral=ephemeral)
+        self._latest_checkpoint_step, self._latest_checkpoint_path = self.step, path
+        self._export(path)
+        return path
+
+    def _remove_checkpoint(self, path: str) -> None:
+        super()._remove_checkpoint(path)
+        if get_rank() == 0 and (model_folder := Path(path + "-hf")).is_dir():
+            # Renamed first: a half-removed folder must not look like a model folder.
+            old = model_folder.rename(model_folder.with_name(model_folder.name + ".old"))
+            shutil.rmtree(old)
+
+    def _export(self, path: str) -> None:
+        if get_rank() == 0:
+            export_model(self.trainer.train_module.model, Path(self.tokenizer_folder), Path(path + "-hf"))

@@ -1,0 +1,246 @@
+"""The configuration of a training run: one YAML file, dotted overrides, typed sections.
+
+Precedence: defaults here < the YAML file < ``a.b=c`` overrides. The sections are OLMo-core ``Config`` dataclasses; the
+model section is the keyword arguments of :class:`ultramem.model.UltraMemConfig`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from olmo_core.config import Config
+
+from ultramem.errors import ConfigError
+from ultramem.training.schema import check_section, parse_overrides, set_dotted
+
+# Arithmetic of forward and backward; weights, gradients and moments are fp32 either way.
+Precision = Literal["bf16", "fp32"]
+# How gradients of the tables are held: one dense tensor, or only the touched rows.
+TableGradients = Literal["dense", "rows"]
+
+
+@dataclass
+class RunSection(Config):
+    """Where the run lives and the seed of everything random in it (initial weights, data order, dropout)."""
+
+    save_folder: str | None = None  # None: runs/<name of the YAML file>
+    seed: int = 0
+
+
+@dataclass
+class DataSection(Config):
+    """The folder that ``ultramem data prepare`` wrote, and the length of one training sequence."""
+
+    folder: str | None = None
+    sequence_length_tokens: int = 1024
+    fingerprint: str | None = None  # None: taken from the folder; otherwise it must match
+
+
+@dataclass
+class OptimizerSection(Config):
+    """AdamW of the published runs; the tables' rate is ``lr`` times a multiplier that decays linearly to 1."""
+
+    lr: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    table_lr_multiplier: float = 4.0
+    table_lr_decay_fraction: float = 1.0  # share of the run after which the multiplier has reached 1
+    max_grad_norm: float | None = 1.0
+    table_max_grad_norm: float | None = 1.0
+
+
+@dataclass
+class ScheduleSection(Config):
+    """Linear warmup, then cosine; warmup in tokens or as a share of the run."""
+
+    warmup_tokens: int | None = None
+    warmup_fraction: float | None = None  # 0.01 if neither is given
+    warmup_start_factor: float = 0.1
+    final_factor: float = 0.1
+
+
+@dataclass
+class TrainingSection(Config):
+    """Length of the run, batches, precision."""
+
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    global_batch_sequences: int = 32
+    micro_batch_sequences: int | None = None  # None: the whole batch of one process at once
+    precision: Precision = "bf16"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    table_gradients: TableGradients = "dense"
+
+
+@dataclass
+class ValidationSection(Config):
+    """Loss on the validation split, every n steps and at the end."""
+
+    interval_steps: int | None = 500  # None: never
+    tokens: int | None = None  # None: the whole split
+
+
+@dataclass
+class CheckpointSection(Config):
+    """Training states ``stepN`` and model folders ``stepN-hf``; one is always written at the end of the run."""
+
+    interval_steps: int | None = 1000  # None: only at the end
+    keep: int | None = 3  # None: all
+    save_async: bool = True
+
+
+@dataclass
+class LoggingSection(Config):
+    """How often metrics go to the terminal, ``metrics.jsonl`` and TensorBoard."""
+
+    interval_steps: int = 10
+    tensorboard: bool = True
+    memory_interval_steps: int | None = 50  # None: no memory statistics
+
+
+@dataclass
+class RunConfig(Config):
+    """A complete training run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+
+    @property
+    def global_batch_tokens(self) -> int:
+        """Tokens of one optimizer step over all processes."""
+        return self.training.global_batch_sequences * self.data.sequence_length_tokens
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.training.max_steps is not None:
+            return self.training.max_steps
+        assert self.training.max_tokens is not None
+        return -(-self.training.max_tokens // self.global_batch_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run: the horizon of the schedule."""
+        return self.training.max_tokens or self.num_steps * self.global_batch_tokens
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """Sequences of one forward pass."""
+        return self.training.micro_batch_sequences or self.training.global_batch_sequences
+
+    @property
+    def save_folder(self) -> Path:
+        """The run folder."""
+        assert self.run.save_folder is not None
+        return Path(self.run.save_folder)
+
+    def validate(self) -> None:
+        """Raises ConfigError for values that no run can have."""
+        _check_ranges(self)
+        if self.data.folder is None:
+            raise ConfigError("'data.folder' is missing: give the folder that `ultramem data prepare` wrote")
+        if (self.training.max_tokens is None) == (self.training.max_steps is None):
+            raise ConfigError(
+                "give the length of the run by exactly one of 'training.max_tokens' and 'training.max_steps'; "
+                f"given: max_tokens={self.training.max_tokens}, max_steps={self.training.max_steps}"
+            )
+        if self.schedule.warmup_tokens is not None and self.schedule.warmup_fraction is not None:
+            raise ConfigError("give only one of 'schedule.warmup_tokens' and 'schedule.warmup_fraction'")
+        if self.training.global_batch_sequences % self.micro_batch_sequences:
+            raise ConfigError(
+                f"'training.micro_batch_sequences' ({self.micro_batch_sequences}) must divide "
+                f"'training.global_batch_sequences' ({self.training.global_batch_sequences})"
+            )
+        if self.training.table_gradients == "rows":
+            raise ConfigError(
+                "'training.table_gradients: rows' needs the row-wise table optimizer, which this version does not "
+                "have: use 'dense'"
+            )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    at_least_one = {
+        "data": ["sequence_length_tokens"],
+        "training": ["max_tokens", "max_steps", "global_batch_sequences", "micro_batch_sequences"],
+        "validation": ["interval_steps", "tokens"],
+        "checkpoint": ["interval_steps", "keep"],
+        "logging": ["interval_steps", "memory_interval_steps"],
+    }
+    positive = {
+        "optimizer": ["lr", "eps", "table_lr_multiplier", "table_lr_decay_fraction"],
+    }
+    limits = {"optimizer": ["max_grad_norm", "table_max_grad_norm"]}
+    fractions = {"schedule": ["warmup_fraction", "warmup_start_factor", "final_factor"], "optimizer": ["betas"]}
+    not_negative = {"run": ["seed"], "optimizer": ["weight_decay"], "schedule": ["warmup_tokens"]}
+    rules = [
+        (at_least_one, lambda value: value >= 1, "at least 1"),
+        (positive, lambda value: value > 0, "greater than 0"),
+        (limits, lambda value: value > 0, "greater than 0, or null for no clipping"),
+        (fractions, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (not_negative, lambda value: value >= 0, "0 or greater"),
+    ]
+    for names, is_valid, text in rules:
+        for section, keys in names.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                values = value if isinstance(value, tuple) else (value,)
+                if any(number is not None and not is_valid(number) for number in values):
+                    raise ConfigError(f"'{section}.{key}' must be {text}, but {value} was given")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML file, applies overrides, checks every key and type, and fills the defaults.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts; values are YAML, so ``model.memory=null`` makes the model dense.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key, a bad type or an impossible value.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config '{path}': {error.strerror}. Expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' must hold sections (run, model, data, …), but it holds a {type(data).__name__}")
+    for key, value in parse_overrides(overrides):
+        set_dotted(data, key, value)
+    data = check_section(data, RunConfig)
+    data["model"] = check_model_section(data.get("model") or {})
+    config = RunConfig.from_dict(data)
+    if config.run.save_folder is None:
+        config.run.save_folder = str(Path("runs") / path.stem)
+    config.validate()
+    return config
+
+
+def check_model_section(model: dict[str, Any]) -> dict[str, Any]:
+    """Checks the keys and types of the model section against the model's and its memory's config dataclasses."""
+    from ultramem.layers import MEMORY_TYPES
+    from ultramem.model import UltraMemConfig
+
+    checked = check_section({key: value for key, value in model.items() if key != "memory"}, UltraMemConfig, "model")
+    if "memory" in model:
+        checked["memory"] = memory = model["memory"]
+        if memory is not None:
+            memory_type = memory.get("type", "ultramem_v2") if isinstance(memory, dict) else "ultramem_v2"
+            if memory_type not in MEMORY_TYPES:
+                raise ConfigError(f"'model.memory.type' must be one of {', '.join(MEMORY_TYPES)}; got {memory_type!r}")
+            checked["memory"] = check_section(memory, MEMORY_TYPES[memory_type].config, "model.memory")
+    return checked

@@ -1,0 +1,228 @@
+"""A training run from its config to its last model folder, resumed from where an earlier process stopped."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from olmo_core.train import Duration, Trainer, TrainerConfig
+from olmo_core.train.checkpoint import CheckpointerConfig
+from olmo_core.utils import get_default_device, seed_all
+
+from ultramem.data.prepare import load_manifest
+from ultramem.errors import CheckpointError, ConfigError
+from ultramem.model import UltraMemConfig, UltraMemForCausalLM
+from ultramem.model.accounting import cost_card
+from ultramem.model.roles import parameter_roles
+from ultramem.training.batches import build_data_loader, build_dataset, validation_batches
+from ultramem.training.callbacks import (
+    MemoryStatistics,
+    MetricsFile,
+    ProgressLine,
+    TensorBoard,
+    Throughput,
+    Validation,
+)
+from ultramem.training.checkpoints import RunCheckpointer, complete_steps, exclusive_run_folder, remove_leftovers
+from ultramem.training.config import RunConfig, load_config
+from ultramem.training.train_module import UltraMemTrainModule
+
+# Backward costs twice the forward.
+TRAINING_FLOPS_FACTOR = 3
+
+
+def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, dict[str, Any]]:
+    """Loads a config and fills what follows from the data folder: vocabulary, special tokens, fingerprint.
+
+    Returns:
+        the complete config, and the data folder's manifest.
+
+    Raises:
+        ConfigError: see :func:`ultramem.training.config.load_config`; also a vocabulary smaller than the tokenizer's,
+            or sequences longer than the model's positions.
+        DataError: the data folder is missing or damaged.
+    """
+    config = load_config(path, overrides)
+    manifest = load_manifest(Path(config.data.folder or ""))
+    given = config.model.get("vocab_size")
+    if given is not None and given < manifest["vocab_size"]:
+        raise ConfigError(
+            f"'model.vocab_size' is {given}, but the tokenizer of '{config.data.folder}' has {manifest['vocab_size']} "
+            f"tokens: leave it out, or give {manifest['vocab_size']} or more"
+        )
+    if config.data.fingerprint not in (None, manifest["fingerprint"]):
+        raise ConfigError(
+            f"'data.fingerprint' is {config.data.fingerprint}, but '{config.data.folder}' has "
+            f"{manifest['fingerprint']}: it is not the data that this config was made for; leave the key out to accept"
+        )
+    config.data.fingerprint = manifest["fingerprint"]
+    for key in ("vocab_size", "eos_token_id", "pad_token_id"):
+        config.model.setdefault(key, manifest[key])
+    length, positions = config.data.sequence_length_tokens, UltraMemConfig().max_position_embeddings
+    if config.model.setdefault("max_position_embeddings", max(length, positions)) < length:
+        raise ConfigError(
+            f"'model.max_position_embeddings' ({config.model['max_position_embeddings']}) is smaller than "
+            f"'data.sequence_length_tokens' ({length})"
+        )
+    return config, manifest
+
+
+def model_config(config: RunConfig) -> UltraMemConfig:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: values that do not fit together.
+    """
+    try:
+        return UltraMemConfig(**config.model)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the section 'model' does not describe a model: {error}") from error
+
+
+def train(config: RunConfig, manifest: dict[str, Any]) -> Path | None:
+    """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
+
+    Args:
+        config: from :func:`resolve_config`.
+        manifest: the data folder's.
+
+    Returns:
+        the newest model folder of the run.
+
+    Raises:
+        CheckpointError: the run folder belongs to another model, data set or seed, or is in use.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training runs in one process: start it without torchrun, or with one process")
+    run_folder = config.save_folder
+    with exclusive_run_folder(run_folder), _log_to(run_folder / "train.log"):
+        remove_leftovers(run_folder)
+        check_resumable(config)
+        _write_config(config, run_folder / "config.yaml")
+        trainer = build_trainer(config, manifest)
+        trainer.fit()
+        _report_end(trainer, config)
+    return run_folder / f"step{trainer.global_step}-hf"
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Raises CheckpointError if the run folder holds training states that this config cannot continue."""
+    steps = complete_steps(config.save_folder)
+    if not steps:
+        return
+    saved = load_config(config.save_folder / "config.yaml")
+    differences = []
+    old, new = model_config(saved).to_dict(), model_config(config).to_dict()
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key != "transformers_version":
+            differences.append(f"model.{key}: {old.get(key)} → {new.get(key)}")
+    for section, key in (("data", "fingerprint"), ("run", "seed")):
+        before, now = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
+        if before != now:
+            differences.append(f"{section}.{key}: {before} → {now}")
+    if differences:
+        raise CheckpointError(
+            f"'{config.save_folder}' holds step {steps[-1]} of a run with other settings ({'; '.join(differences)}): "
+            "set 'run.save_folder' to a new folder, or restore these settings to resume"
+        )
+
+
+def build_model(config: RunConfig) -> UltraMemForCausalLM:
+    """The model with initial weights, on the default device, in fp32."""
+    model = UltraMemForCausalLM(model_config(config)).to(get_default_device())
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.training.compile:
+        model.compile()
+    return model
+
+
+def build_trainer(config: RunConfig, manifest: dict[str, Any]) -> Trainer:
+    """OLMo-core's trainer with our train module, loader, callbacks and checkpointer."""
+    seed_all(config.run.seed)
+    model = build_model(config)
+    flops = TRAINING_FLOPS_FACTOR * cost_card(model.config).flops_per_token(config.data.sequence_length_tokens // 2)
+    train_module = UltraMemTrainModule(model, parameter_roles(model), config, int(flops))
+    trainer_config = TrainerConfig(
+        save_folder=str(config.save_folder),
+        work_dir=str(config.save_folder),
+        checkpointer=CheckpointerConfig(),
+        max_duration=Duration.steps(config.num_steps),
+        # A signal ends the run after the step during which it came.
+        cancel_check_interval=1,
+        metrics_collect_interval=config.logging.interval_steps,
+        callbacks=build_callbacks(config, manifest),
+    )
+    return trainer_config.build(train_module, build_data_loader(config, manifest))
+
+
+def build_callbacks(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The callbacks of a run by name."""
+    run_folder, interval = config.save_folder, config.logging.interval_steps
+    callbacks: dict[str, Any] = {
+        "throughput": Throughput(),
+        "memory_statistics": MemoryStatistics(config.logging.memory_interval_steps),
+        "checkpointer": RunCheckpointer(
+            save_interval=config.checkpoint.interval_steps,
+            max_checkpoints=config.checkpoint.keep,
+            save_async=config.checkpoint.save_async,
+            # Saving before the first step would initialise AdamW's state by a step of its own.
+            pre_train_checkpoint=False,
+            tokenizer_folder=str(Path(config.data.folder or "") / "tokenizer"),
+        ),
+        "metrics_file": MetricsFile(str(run_folder / "metrics.jsonl"), interval),
+        "progress": ProgressLine(interval_steps=interval),
+    }
+    if config.validation.interval_steps is not None:
+        build_dataset(config, manifest, "validation")  # a split that is too short is reported before training
+        callbacks["validation"] = Validation(
+            config.validation.interval_steps, partial(validation_batches, config, manifest)
+        )
+    if config.logging.tensorboard:
+        callbacks["tensorboard"] = TensorBoard(str(run_folder / "tensorboard"), interval)
+    return callbacks
+
+
+def _write_config(config: RunConfig, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(config_yaml(config), encoding="utf-8")
+    temporary.replace(path)
+
+
+def config_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that :func:`ultramem.training.config.load_config` reads back unchanged."""
+    return yaml.safe_dump(config.as_dict(json_safe=True), sort_keys=False, allow_unicode=True)
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Sends OLMo-core's messages to a file of the run: the terminal shows progress."""
+    logger = logging.getLogger("olmo_core")
+    level, propagate = logger.level, logger.propagate
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _report_end(trainer: Trainer, config: RunConfig) -> None:
+    if trainer.is_canceled:
+        print(
+            f"stopped at step {trainer.global_step} of {config.num_steps}: saved; the same command resumes from there",
+            file=sys.stderr,
+        )
