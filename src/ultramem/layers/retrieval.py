@@ -24,6 +24,11 @@ def rms_normalize(x: Tensor, gain: Tensor, dim: int) -> Tensor:
     return normed * gain.to(x.dtype).view(shape)
 
 
+def _is_loaded(tensor: Tensor) -> bool:
+    # transformers marks what came from a checkpoint; its initialisers skip such tensors, and so must we.
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
 class Retrieved(NamedTuple):
     """Slots that the tokens selected: scores [N, H, K, C] and grid indices [N, H, K], with the search's inputs."""
 
@@ -127,17 +132,16 @@ class TuckerRetrieval(nn.Module):
         init.normal_(self.query_proj.weight, std=query_std)
         init.normal_(self.keys, std=self.key_dim**-0.5)
         init.uniform_(self.cores)
-        if self.keys.is_meta:
-            return
-        if not getattr(self.row_direction, "_is_hf_initialized", False):
+        if not _is_loaded(self.row_direction):
             self.row_direction.zero_()
             self.col_direction.zero_()
             self.refresh()
-        if norm_gain is None:
+        if norm_gain is None and not _is_loaded(self.query_norm):
             # Scores are of degree two in each gain.
             norm_gain = float(self.simulate(gains=1.0).mean().clamp_min(1e-12)) ** -0.25
-        init.constant_(self.query_norm, norm_gain)
-        init.constant_(self.key_norm, norm_gain)
+        if norm_gain is not None:
+            init.constant_(self.query_norm, norm_gain)
+            init.constant_(self.key_norm, norm_gain)
 
     @torch.no_grad()
     @without_autocast

@@ -48,6 +48,7 @@ class MemoryPool(nn.Module):
         num_rows: R, rows of the pool (L·n² for UltraMemV2).
         value_dim: V.
         pre_value_dim: U; 0 for a pool without pre-values.
+        std: standard deviation of the drawn rows; None leaves them undrawn, for an owner that draws them itself.
         table_gradients: ``dense`` leaves gradients in ``.grad``; ``rows`` collects them as (rows, row gradients) in
             ``value_gradients`` and ``pre_value_gradients`` (see `ultramem.ops.RowGradients`).
     """
@@ -56,13 +57,20 @@ class MemoryPool(nn.Module):
     pre_values: nn.Parameter | None
 
     def __init__(
-        self, num_rows: int, value_dim: int, pre_value_dim: int = 0, table_gradients: TableGradients = "dense"
+        self,
+        num_rows: int,
+        value_dim: int,
+        pre_value_dim: int = 0,
+        std: float | None = 0.02,
+        table_gradients: TableGradients = "dense",
     ) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.empty(num_rows, value_dim))
         self.register_parameter(
             "pre_values", nn.Parameter(torch.empty(num_rows, pre_value_dim)) if pre_value_dim else None
         )
+        if std is not None:
+            self.reset_parameters(std)
         self.set_table_gradients(table_gradients)
 
     @property

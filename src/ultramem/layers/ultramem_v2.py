@@ -71,13 +71,15 @@ class UltraMemV2(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def make_pool(cls, config: UltraMemV2Config, num_memories: int = 1) -> MemoryPool:
-        """The pool that ``num_memories`` layers of this config share: L·n² rows, values not yet drawn."""
-        return MemoryPool(num_memories * config.num_keys**2, config.value_dim, config.pre_value_dim)
+    def make_pool(cls, config: UltraMemV2Config, num_memories: int = 1, std: float | None = 0.02) -> MemoryPool:
+        """The pool of L·n² rows that ``num_memories`` layers of this config share; ``std`` as in `MemoryPool`."""
+        return MemoryPool(num_memories * config.num_keys**2, config.value_dim, config.pre_value_dim, std)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the layer's own tensors by the config's scheme (layers.md §5); see `table_std` for the pool."""
+        if self.permutation.is_meta:
+            return
         config = self.config
         if config.init == "paper":
             linear_std = math.sqrt(2 / (5 * self.hidden_size))

@@ -25,8 +25,8 @@ class RowGradients:
     """Collects the gradient of one table as (rows, row gradients), over layers and micro-batches.
 
     The backward of `bag` and `gather_dot` adds to it when it is passed as ``row_gradients``; the optimizer step
-    coalesces it once and clears it. The table's own ``.grad`` stays None. Collecting is a side effect, which `torch.compile` cannot
-    trace: with ``fullgraph=True`` it raises, otherwise the graph breaks around the lookup.
+    coalesces it once and clears it. The table's own ``.grad`` stays None. Collecting is a side effect, which
+    `torch.compile` cannot trace: with ``fullgraph=True`` it raises, otherwise the graph breaks around the lookup.
     """
 
     def __init__(self, num_rows: int, width: int) -> None:

@@ -1,0 +1,87 @@
+"""What a model costs, in plain Python from its config: parameters, FLOPs per token, bytes read per decode step."""
+
+from dataclasses import dataclass
+
+from ultramem.model.configuration import UltraMemConfig
+
+
+@dataclass(frozen=True)
+class CostCard:
+    """Sizes and costs of one config; `cost_card` makes it.
+
+    Attributes:
+        dense_parameters: weights that every token reads: embedding, attention, FFN, norms, projections, keys.
+        table_parameters: elements of the memory's pool.
+        active_parameters: dense parameters plus k·H·(V+U) table elements per memory (layers.md §7).
+        num_memories: memory layers.
+        embedding_parameters: the part of ``dense_parameters`` that only looks tokens up; 0 with tied embeddings.
+        matmul_parameters: weights of matrix products on the path of a token.
+        memory_flops_per_token: FLOPs of all memories, search and lookups included.
+    """
+
+    config: UltraMemConfig
+    dense_parameters: int
+    table_parameters: int
+    active_parameters: int
+    num_memories: int
+    embedding_parameters: int
+    matmul_parameters: int
+    memory_flops_per_token: int
+
+    @property
+    def total_parameters(self) -> int:
+        """Dense and table parameters."""
+        return self.dense_parameters + self.table_parameters
+
+    def flops_per_token(self, context_length_tokens: int = 0) -> int:
+        """FLOPs of one token's forward (a multiply-add counts as two), attending to so many tokens."""
+        config = self.config
+        attention = 4 * context_length_tokens * config.hidden_size * config.num_hidden_layers
+        return 2 * self.matmul_parameters + self.memory_flops_per_token + attention
+
+    def bytes_per_decode_step(self, batch_size: int, bytes_per_element: int = 2, context_length_tokens: int = 0) -> int:
+        """Bytes read to decode one token for each of B sequences (layers.md §8).
+
+        Every dense weight is read once, the embedding only at B rows; of a table the distinct rows expected under
+        uniform access; of the KV cache all of it.
+        """
+        config, memory = self.config, self.config.memory_config
+        elements: float = self.dense_parameters - self.embedding_parameters + batch_size * config.hidden_size
+        if memory is not None:
+            elements += self.num_memories * memory.table_elements_per_step(batch_size, self.num_memories)
+        assert config.num_key_value_heads is not None
+        key_value_dim = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+        elements += batch_size * context_length_tokens * 2 * key_value_dim * config.num_hidden_layers
+        return round(elements * bytes_per_element)
+
+
+def cost_card(config: UltraMemConfig) -> CostCard:
+    """Count what a config's model holds and costs, without building it."""
+    assert config.num_key_value_heads is not None
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    key_value_dim = hidden // config.num_attention_heads * config.num_key_value_heads
+    attention_linear = 2 * hidden * hidden + 2 * hidden * key_value_dim
+    attention_bias = 2 * hidden + 2 * key_value_dim if config.attention_bias else 0
+    ffn = 3 * hidden * config.intermediate_size
+    norms = 2 * hidden + hidden + key_value_dim
+    vocabulary = config.vocab_size * hidden
+    memory, num_memories = config.memory_config, len(config.memory_spans)
+    memory_dense = memory_table = memory_active = memory_flops = 0
+    if memory is not None:
+        memory_dense = num_memories * memory.dense_parameters(hidden, num_memories)
+        memory_table = memory.table_parameters(num_memories)
+        memory_active = num_memories * memory.table_elements_per_token()
+        memory_flops = num_memories * memory.flops_per_token(hidden, num_memories)
+    matmul = blocks * (attention_linear + ffn) + vocabulary
+    embedding = 0 if config.tie_word_embeddings else vocabulary
+    dense = matmul + embedding + blocks * (attention_bias + norms) + hidden + memory_dense
+    return CostCard(
+        config=config,
+        dense_parameters=dense,
+        table_parameters=memory_table,
+        active_parameters=dense + memory_active,
+        num_memories=num_memories,
+        embedding_parameters=embedding,
+        matmul_parameters=matmul,
+        memory_flops_per_token=memory_flops,
+    )

@@ -1,0 +1,120 @@
+"""UltraMemConfig: an OLMoE-style decoder with memory layers, in the names that transformers uses."""
+
+from dataclasses import asdict, field, fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from ultramem.errors import ConfigError
+from ultramem.layers import MEMORY_TYPES, Span, UltraMemV2Config, parse_placement
+
+
+def make_memory_config(settings: dict[str, Any]) -> UltraMemV2Config:
+    """Build the typed settings of a memory from a mapping whose ``type`` names a kind of memory.
+
+    Raises:
+        ConfigError: an unknown type or field, or a value of the wrong type; names the field and what is allowed.
+    """
+    kind = settings.get("type", next(iter(MEMORY_TYPES)))
+    if kind not in MEMORY_TYPES:
+        raise ConfigError(f"memory.type must be one of {', '.join(MEMORY_TYPES)}; got {kind!r}.")
+    config_class = MEMORY_TYPES[kind].config
+    allowed = [entry.name for entry in fields(config_class)]
+    if unknown := sorted(set(settings) - set(allowed)):
+        raise ConfigError(
+            f"memory.{unknown[0]} is no setting of a memory of type {kind}; allowed are {', '.join(allowed)}."
+        )
+    try:
+        return config_class(**settings)
+    except StrictDataclassError as error:
+        raise ConfigError(f"memory: {' '.join(str(error).split())}") from None
+
+
+@strict
+class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Settings of `UltraMemModel`; the defaults are a small, valid UltraMemV2 decoder.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        hidden_size: D.
+        intermediate_size: inner width of the SwiGLU FFN (each of its two halves).
+        num_hidden_layers: L, decoder blocks.
+        num_attention_heads: attention heads; must divide ``hidden_size``.
+        num_key_value_heads: heads of keys and values; None for ``num_attention_heads``.
+        hidden_act: activation of the FFN's gate.
+        max_position_embeddings: longest sequence, in tokens.
+        initializer_range: standard deviation of linear layers and embeddings; None for √(2/(5D)), as published. Output
+            projections of attention and FFN are divided by √(2L).
+        rms_norm_eps: ε of the decoder's norms.
+        rope_parameters: rotary embedding, as in transformers.
+        attention_bias: biases in the attention's projections.
+        attention_dropout: dropout of attention weights.
+        clip_qkv: clips queries, keys and values; None for no clipping.
+        tie_word_embeddings: one matrix for embedding and output.
+        memory: settings of the memory layers (see the config class of its ``type``), None for a dense decoder.
+    """
+
+    model_type = "ultramem"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own declaration
+
+    vocab_size: int = 32_000
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float | None = None
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    clip_qkv: float | None = None
+    memory: dict[str, Any] | None = field(default_factory=lambda: {"type": "ultramem_v2"})
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in defaults and check that sizes fit. Raises ConfigError naming the field."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        if self.memory is not None:
+            memory = make_memory_config(self.memory)
+            # Every setting explicit: a saved model does not change when a default does.
+            self.memory = asdict(memory)
+            spans = parse_placement(memory.placement, self.num_hidden_layers)
+            memory.check_sizes(len(spans))
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def memory_config(self) -> UltraMemV2Config | None:
+        """The typed settings of the memories, None for a dense decoder."""
+        return None if self.memory is None else make_memory_config(self.memory)
+
+    @property
+    def memory_spans(self) -> list[Span]:
+        """One span of blocks per memory, in the memories' order; empty for a dense decoder."""
+        memory = self.memory_config
+        return [] if memory is None else parse_placement(memory.placement, self.num_hidden_layers)
+
+    @property
+    def linear_std(self) -> float:
+        """Standard deviation of linear layers and embeddings at initialisation."""
+        return self.initializer_range if self.initializer_range is not None else (2 / (5 * self.hidden_size)) ** 0.5

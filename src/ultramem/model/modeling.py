@@ -1,0 +1,366 @@
+"""The decoder: OLMoE's attention, norms and rotary embedding, a SwiGLU FFN, and memories beside it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeMLP, OlmoeRMSNorm, OlmoeRotaryEmbedding
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool, UltraMemV2, table_std
+from ultramem.layers.table import TableGradients
+from ultramem.model.configuration import UltraMemConfig
+
+
+@dataclass
+class UltraMemModelOutput(ModelOutput):
+    """What the decoder returns.
+
+    Attributes:
+        last_hidden_state: [B, T, D] after the final norm.
+        past_key_values: the KV cache, if one is used.
+        hidden_states: one [B, T, D] per block and the last, if asked for.
+        attentions: attention weights per block, if asked for (eager attention).
+        auxiliary_losses: weighted auxiliary losses of the memories, summed over them, scalars by name.
+        memory_statistics: one mapping per memory, if asked for by ``output_memory_statistics``.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    auxiliary_losses: dict[str, Tensor] | None = None
+    memory_statistics: tuple[dict[str, Tensor], ...] | None = None
+
+
+@dataclass
+class UltraMemCausalLMOutput(ModelOutput):
+    """What the language model returns; fields as in `UltraMemModelOutput`.
+
+    Attributes:
+        loss: mean next-token cross-entropy plus the auxiliary losses, if labels were given.
+        logits: [B, T, vocabulary].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    auxiliary_losses: dict[str, Tensor] | None = None
+    memory_statistics: tuple[dict[str, Tensor], ...] | None = None
+
+
+class UltraMemDecoderLayer(GradientCheckpointingLayer):
+    """One block: x ← x + attention(norm(x)); h = norm(x); x ← x + ffn(h) + memories that end here.
+
+    Args:
+        config: the decoder's settings.
+        layer_idx: the block's number.
+    """
+
+    def __init__(self, config: UltraMemConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = OlmoeAttention(config, layer_idx=layer_idx)  # type: ignore[arg-type]
+        self.mlp = OlmoeMLP(config)  # type: ignore[no-untyped-call]
+        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        spans, memory_config = config.memory_spans, config.memory_config
+        starting = [(index, span) for index, span in enumerate(spans) if span.start == layer_idx]
+        self.memory_ends = [span.end for _, span in starting]
+        self.memories = nn.ModuleList()
+        if memory_config is not None:
+            layer = MEMORY_TYPES[memory_config.type].layer
+            self.memories.extend(layer(config.hidden_size, memory_config, len(spans), index) for index, _ in starting)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        arriving: tuple[Tensor, ...] = (),
+        pool: MemoryPool | None = None,
+        output_memory_statistics: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[MemoryOutput, ...]]:
+        """Run the block.
+
+        Args:
+            hidden_states: [B, T, D].
+            arriving: results [B, T, D] of memories that started in earlier blocks and end here.
+            pool: the rows of the memories.
+            output_memory_statistics: passed to the memories.
+            **kwargs: passed to the attention (mask, cache, position embeddings, and what serving engines add).
+
+        Returns:
+            The hidden states, and the results of the memories that start here.
+        """
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        results = tuple(memory(normed, pool, return_statistics=output_memory_statistics) for memory in self.memories)
+        hidden_states = hidden_states + self.mlp(normed)
+        here = [result.output for result, end in zip(results, self.memory_ends, strict=True) if end == self.layer_idx]
+        for output in (*here, *arriving):
+            hidden_states = hidden_states + output
+        return hidden_states, results
+
+
+class UltraMemPreTrainedModel(PreTrainedModel):
+    """What both models share: configuration, initialisation, what they support."""
+
+    config: UltraMemConfig
+    config_class = UltraMemConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UltraMemDecoderLayer"]  # noqa: RUF012 - transformers' own declaration
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers' own declaration
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Rounded directions would select other slots.
+    _keep_in_fp32_modules_strict = ["row_direction", "col_direction"]  # noqa: RUF012 - transformers' own declaration
+    _can_record_outputs = {  # noqa: RUF012 - transformers' own declaration
+        "hidden_states": UltraMemDecoderLayer,
+        "attentions": OutputRecorder(OlmoeAttention, index=1),
+    }
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers then calls ``_init_weights`` for every module.
+
+        For code from elsewhere it skips modules without parameters of their own, because it cannot know that their
+        initialisers leave loaded tensors alone; ours do, and blocks and the decoder have to be visited.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Children come before their parents: a block rescales its output projections and a memory draws its own linears
+        # after the generic rule; tensors that came from a checkpoint are skipped by the initialisers of transformers.
+        std = self.config.linear_std
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, UltraMemDecoderLayer):
+            scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.self_attn.o_proj.weight, std=scaled)
+            init.normal_(module.mlp.down_proj.weight, std=scaled)
+        elif isinstance(module, UltraMemV2):
+            module.reset_parameters()
+        elif isinstance(module, UltraMemModel):
+            module.reset_pool()
+        else:
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+class UltraMemModel(UltraMemPreTrainedModel):
+    """The decoder without its output layer; owns the pool of rows that its memories read."""
+
+    def __init__(self, config: UltraMemConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([UltraMemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = OlmoeRotaryEmbedding(config)  # type: ignore[no-untyped-call,arg-type]
+        self.memory_pool: MemoryPool | None = None
+        if (memory := config.memory_config) is not None:
+            layer = MEMORY_TYPES[memory.type].layer
+            self.memory_pool = layer.make_pool(memory, len(config.memory_spans), std=None)
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @property
+    def memories(self) -> list[UltraMemV2]:
+        """The memory layers, in the order of their spans."""
+        blocks = cast(list[UltraMemDecoderLayer], list(self.layers))
+        return [cast(UltraMemV2, memory) for block in blocks for memory in block.memories]
+
+    def refresh_retrieval(self) -> None:
+        """Recompute every memory's coarse directions from its cores; call after each optimizer step."""
+        for memory in self.memories:
+            memory.retrieval.refresh()
+
+    def set_table_gradients(self, mode: TableGradients) -> None:
+        """Choose how the pool's gradients are kept: ``dense`` or ``rows`` (see `MemoryPool`)."""
+        if self.memory_pool is not None:
+            self.memory_pool.set_table_gradients(mode)
+
+    @torch.no_grad()
+    def reset_pool(self) -> None:
+        """Draw the pool's rows with the standard deviation that the config's scheme asks for."""
+        pool, memory = self.memory_pool, self.config.memory_config
+        if pool is None or memory is None or pool.values.is_meta:
+            return
+        if all(getattr(table, "_is_hf_initialized", False) for table in pool.parameters()):
+            return
+        variances = [float(layer.retrieval.simulate().var()) for layer in self.memories]
+        ffn_ratio = self.config.intermediate_size / self.config.hidden_size
+        variance = sum(variances) / len(variances)
+        pool.reset_parameters(
+            table_std(memory, self.config.hidden_size, ffn_ratio, self.config.num_hidden_layers, variance)
+        )
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_memory_statistics: bool = False,
+        **kwargs: Any,
+    ) -> UltraMemModelOutput:
+        """Run the decoder on token ids or embeddings.
+
+        Args:
+            input_ids: [B, T] int64; exactly one of it and ``inputs_embeds``.
+            attention_mask: [B, T], one where a token is real; or what `transformers` accepts in its place.
+            position_ids: [B, T] or [1, T]; None continues the cache.
+            past_key_values: KV cache to extend.
+            inputs_embeds: [B, T, D].
+            use_cache: return a KV cache.
+            output_memory_statistics: return each memory's statistics.
+            **kwargs: passed to the attention of every block.
+
+        Raises:
+            ValueError: both or none of ``input_ids`` and ``inputs_embeds``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        carried: list[tuple[int, Tensor]] = []
+        losses: dict[str, Tensor] = {}
+        statistics: list[dict[str, Tensor]] = []
+        for block in cast(list[UltraMemDecoderLayer], list(self.layers)):
+            hidden_states, results = block(
+                hidden_states,
+                arriving=tuple(output for end, output in carried if end == block.layer_idx),
+                pool=self.memory_pool,
+                output_memory_statistics=output_memory_statistics,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            for result, end in zip(results, block.memory_ends, strict=True):
+                if end > block.layer_idx:
+                    carried.append((end, result.output))
+                for name, loss in result.losses.items():
+                    losses[name] = losses[name] + loss if name in losses else loss
+                statistics.append(result.statistics)
+        return UltraMemModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            auxiliary_losses=losses or None,
+            memory_statistics=tuple(statistics) if output_memory_statistics else None,
+        )
+
+
+class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
+    """The decoder with its output layer: trains, evaluates, generates and is served as it is."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own declaration
+
+    def __init__(self, config: UltraMemConfig) -> None:
+        super().__init__(config)
+        self.model = UltraMemModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def refresh_retrieval(self) -> None:
+        """See `UltraMemModel.refresh_retrieval`."""
+        self.model.refresh_retrieval()
+
+    def set_table_gradients(self, mode: TableGradients) -> None:
+        """See `UltraMemModel.set_table_gradients`."""
+        self.model.set_table_gradients(mode)
+
+    @property
+    def num_slots_per_memory(self) -> list[int]:
+        """Virtual slots that each memory addresses."""
+        return [memory.num_slots for memory in self.model.memories]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_memory_statistics: bool = False,
+        **kwargs: Any,
+    ) -> UltraMemCausalLMOutput:
+        """Predict the next token; arguments as in `UltraMemModel.forward`.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T].
+            position_ids: [B, T] or [1, T].
+            past_key_values: KV cache to extend.
+            inputs_embeds: [B, T, D].
+            labels: [B, T] token ids, shifted here; −100 is ignored. With labels the result has a loss.
+            use_cache: return a KV cache.
+            logits_to_keep: compute only the last so many positions' logits, or those of the given indices; 0 for all.
+            output_memory_statistics: return each memory's statistics.
+            **kwargs: passed to the loss and to the attention of every block.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_memory_statistics=output_memory_statistics,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = loss + sum((outputs.auxiliary_losses or {}).values())
+        return UltraMemCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            auxiliary_losses=outputs.auxiliary_losses,
+            memory_statistics=outputs.memory_statistics,
+        )
