@@ -7,22 +7,18 @@ run finds every line up to its step in ``metrics.jsonl`` and adds the rest.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-import torch.distributed as dist
-from olmo_core.data.utils import get_labels
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch import Tensor
 
-from ultramem.training.train_module import IGNORED_LABEL
+from ultramem.evaluation.perplexity import PerplexityResult
 
 VALIDATION_LOSS_METRIC = "validation/CE loss"
 SPEED_METRIC = "throughput/tokens per second"
@@ -78,28 +74,20 @@ class MemoryStatistics(Callback):
 
 @dataclass
 class Validation(Callback):
-    """Mean next-token loss on the validation split."""
+    """Loss and bits per byte on the validation split."""
 
     priority: ClassVar[int] = 2
     interval_steps: int | None = None
-    batches: Callable[[], Iterator[Tensor]] | None = None
+    measure: Callable[[], PerplexityResult] | None = None
 
     def post_train_batch(self) -> None:
-        """Measures every ``interval_steps`` and at the end of the run."""
-        if is_due(self.step, self.interval_steps, self.trainer.max_steps):
-            self.trainer.record_metric(VALIDATION_LOSS_METRIC, self.measure())
-
-    def measure(self) -> float:
-        """Σ loss / number of target tokens over all sequences and processes, in nats."""
-        assert self.batches is not None
-        sums = torch.zeros(2, dtype=torch.float64)
-        for input_ids in self.batches():
-            labels = get_labels({"input_ids": input_ids}, label_ignore_index=IGNORED_LABEL)
-            _, losses = self.trainer.train_module.eval_batch({"input_ids": input_ids}, labels)
-            sums += torch.stack([losses.double().sum().cpu(), (labels != IGNORED_LABEL).sum().double()])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        return (sums[0] / sums[1]).item()
+        """Measures every ``interval_steps`` and at the end of the run; every process measures the whole split."""
+        if self.measure is None or not is_due(self.step, self.interval_steps, self.trainer.max_steps):
+            return
+        result = self.measure()
+        self.trainer.record_metric(VALIDATION_LOSS_METRIC, result.loss)
+        if result.bits_per_byte is not None:
+            self.trainer.record_metric("validation/bits per byte", result.bits_per_byte)
 
 
 @dataclass

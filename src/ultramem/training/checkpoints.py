@@ -16,6 +16,7 @@ from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.checkpoint import Checkpointer
 from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from ultramem.errors import CheckpointError
 
@@ -72,7 +73,11 @@ def export_model(model: PreTrainedModel, tokenizer_folder: Path, target: Path) -
     """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place."""
     temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
+    bars_shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     model.save_pretrained(temporary)
+    if bars_shown:
+        hf_logging.enable_progress_bar()
     shutil.copytree(tokenizer_folder, temporary, dirs_exist_ok=True)
     if target.exists():
         target.rename(old)

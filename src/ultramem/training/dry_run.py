@@ -1,11 +1,11 @@
 """What a run would be, without running it: resolved config, sizes, FLOPs, memory, tokens and steps."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ultramem.data.manifest import DataManifest
 from ultramem.model.accounting import cost_card
 from ultramem.training.config import RunConfig
 from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, model_config
@@ -55,14 +55,14 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     )
 
 
-def summarize(config: RunConfig, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def summarize(config: RunConfig, manifest: DataManifest) -> list[tuple[str, str]]:
     """The figures of a run as (name, text) rows."""
     card = cost_card(model_config(config))
     memory = estimate_memory(config)
     length = config.data.sequence_length_tokens
     # A token attends to half the sequence on average.
     forward_flops = card.flops_per_token(length // 2)
-    num_epochs = config.num_steps * config.global_batch_tokens / manifest["splits"]["train"]["num_tokens"]
+    num_epochs = config.num_steps * config.global_batch_tokens / manifest.splits["train"].num_tokens
     return [
         ("parameters", f"{card.total_parameters:,}"),
         ("dense parameters", f"{card.dense_parameters:,}"),
@@ -89,7 +89,7 @@ def format_bytes(num_bytes: int) -> str:
     return f"{value:.1f} {units[0]}"
 
 
-def print_dry_run(config: RunConfig, manifest: dict[str, Any]) -> None:
+def print_dry_run(config: RunConfig, manifest: DataManifest) -> None:
     """Prints the resolved config and the figures."""
     console = Console(soft_wrap=True)
     console.print(config_yaml(config), markup=False, highlight=False)

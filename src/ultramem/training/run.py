@@ -9,17 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
 
-from ultramem.data.prepare import load_manifest
+from ultramem.data.manifest import DataManifest, load_manifest
 from ultramem.errors import CheckpointError, ConfigError
+from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
 from ultramem.model.roles import parameter_roles
-from ultramem.training.batches import build_data_loader, build_dataset, validation_batches
+from ultramem.training.batches import build_data_loader
 from ultramem.training.callbacks import (
     MemoryStatistics,
     MetricsFile,
@@ -36,7 +39,7 @@ from ultramem.training.train_module import UltraMemTrainModule
 TRAINING_FLOPS_FACTOR = 3
 
 
-def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, dict[str, Any]]:
+def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, DataManifest]:
     """Loads a config and fills what follows from the data folder: vocabulary, special tokens, fingerprint.
 
     Returns:
@@ -48,21 +51,21 @@ def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
         DataError: the data folder is missing or damaged.
     """
     config = load_config(path, overrides)
-    manifest = load_manifest(Path(config.data.folder or ""))
+    manifest = load_manifest(config.data.folder or "")
     given = config.model.get("vocab_size")
-    if given is not None and given < manifest["vocab_size"]:
+    if given is not None and given < manifest.vocab_size:
         raise ConfigError(
             f"'model.vocab_size' is {given}, but the tokenizer of '{config.data.folder}' has {manifest['vocab_size']} "
             f"tokens: leave it out, or give {manifest['vocab_size']} or more"
         )
-    if config.data.fingerprint not in (None, manifest["fingerprint"]):
+    if config.data.fingerprint not in (None, manifest.fingerprint):
         raise ConfigError(
             f"'data.fingerprint' is {config.data.fingerprint}, but '{config.data.folder}' has "
             f"{manifest['fingerprint']}: it is not the data that this config was made for; leave the key out to accept"
         )
-    config.data.fingerprint = manifest["fingerprint"]
+    config.data.fingerprint = manifest.fingerprint
     for key in ("vocab_size", "eos_token_id", "pad_token_id"):
-        config.model.setdefault(key, manifest[key])
+        config.model.setdefault(key, getattr(manifest, key))
     length, positions = config.data.sequence_length_tokens, UltraMemConfig().max_position_embeddings
     if config.model.setdefault("max_position_embeddings", max(length, positions)) < length:
         raise ConfigError(
@@ -82,11 +85,11 @@ def model_config(config: RunConfig) -> UltraMemConfig:
         return UltraMemConfig(**config.model)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"the section 'model' does not describe a model: {error}") from error
 
 
-def train(config: RunConfig, manifest: dict[str, Any]) -> Path | None:
+def train(config: RunConfig, manifest: DataManifest) -> Path | None:
     """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
 
     Args:
@@ -144,7 +147,7 @@ def build_model(config: RunConfig) -> UltraMemForCausalLM:
     return model
 
 
-def build_trainer(config: RunConfig, manifest: dict[str, Any]) -> Trainer:
+def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
     """OLMo-core's trainer with our train module, loader, callbacks and checkpointer."""
     seed_all(config.run.seed)
     model = build_model(config)
@@ -158,12 +161,12 @@ def build_trainer(config: RunConfig, manifest: dict[str, Any]) -> Trainer:
         # A signal ends the run after the step during which it came.
         cancel_check_interval=1,
         metrics_collect_interval=config.logging.interval_steps,
-        callbacks=build_callbacks(config, manifest),
+        callbacks=build_callbacks(model, config, manifest),
     )
     return trainer_config.build(train_module, build_data_loader(config, manifest))
 
 
-def build_callbacks(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: DataManifest) -> dict[str, Any]:
     """The callbacks of a run by name."""
     run_folder, interval = config.save_folder, config.logging.interval_steps
     callbacks: dict[str, Any] = {
@@ -175,19 +178,33 @@ def build_callbacks(config: RunConfig, manifest: dict[str, Any]) -> dict[str, An
             save_async=config.checkpoint.save_async,
             # Saving before the first step would initialise AdamW's state by a step of its own.
             pre_train_checkpoint=False,
-            tokenizer_folder=str(Path(config.data.folder or "") / "tokenizer"),
+            tokenizer_folder=str(manifest.tokenizer_folder),
         ),
         "metrics_file": MetricsFile(str(run_folder / "metrics.jsonl"), interval),
         "progress": ProgressLine(interval_steps=interval),
     }
     if config.validation.interval_steps is not None:
-        build_dataset(config, manifest, "validation")  # a split that is too short is reported before training
         callbacks["validation"] = Validation(
-            config.validation.interval_steps, partial(validation_batches, config, manifest)
+            config.validation.interval_steps, partial(measure_validation, model, config, manifest)
         )
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(str(run_folder / "tensorboard"), interval)
     return callbacks
+
+
+def measure_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: DataManifest) -> PerplexityResult:
+    """Loss on the validation split, on at most ``validation.tokens`` of it, in the arithmetic of the training."""
+    split = manifest.splits["validation"]
+    return evaluate_perplexity(
+        model,
+        split.files,
+        token_dtype=manifest.dtype,
+        sequence_length_tokens=config.data.sequence_length_tokens,
+        batch_size=config.micro_batch_sequences,
+        bytes_per_token=split.bytes_per_token,
+        dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
+        max_tokens=config.validation.tokens,
+    )
 
 
 def _write_config(config: RunConfig, path: Path) -> None:

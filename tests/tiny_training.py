@@ -1,0 +1,152 @@
+"""A tiny data folder in the layout of ``ultramem data prepare``, settings of tiny runs on it, and ways to run them."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from ultramem.cli.train import train
+
+VOCAB_SIZE = 64
+
+
+def write_data_folder(folder: Path, num_train_tokens: int = 4096, num_validation_tokens: int = 200) -> Path:
+    """Two training files and one validation file of a second-order pattern with noise, which a model can learn."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, sizes in (("train", [num_train_tokens // 2] * 2), ("validation", [num_validation_tokens])):
+        (folder / split).mkdir(parents=True)
+        files = []
+        for i, size in enumerate(sizes):
+            tokens = (np.arange(size) * 7 + rng.integers(0, 2, size)) % (VOCAB_SIZE - 2) + 2
+            tokens[63::64] = 0
+            name = f"{split}/part-{i:05d}.npy"
+            tokens.astype("<u2").tofile(folder / name)
+            files.append(name)
+        num_tokens = sum(sizes)
+        splits[split] = {"num_tokens": num_tokens, "num_bytes": 4 * num_tokens, "num_documents": 1, "files": files}
+        splits[split]["file_tokens"] = sizes
+    vocabulary = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, VOCAB_SIZE)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<pad>")), eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    manifest = {
+        "format": 1,
+        "fingerprint": f"tiny-{num_train_tokens}",
+        "dtype": "uint16",
+        "vocab_size": VOCAB_SIZE,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "sources": ["synthetic"],
+        "seed": 0,
+        "splits": splits,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def tiny_settings(data_folder: Path, save_folder: Path) -> dict[str, Any]:
+    """Settings of a memory model with every random element on: 12 steps, some 20 thousand parameters."""
+    return {
+        "run": {"save_folder": str(save_folder), "seed": 3},
+        "model": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "attention_dropout": 0.1,
+            "memory": {
+                "num_keys": 8,
+                "key_dim": 8,
+                "value_dim": 8,
+                "pre_value_dim": 8,
+                "top_k": 4,
+                "share_ratio": 0.75,
+                "key_balance_weight": 0.01,
+                "tucker_penalty_weight": 0.01,
+                "output_dropout": 0.1,
+            },
+        },
+        "data": {"folder": str(data_folder), "sequence_length_tokens": 32},
+        "optimizer": {"lr": 0.003},
+        "schedule": {"warmup_fraction": 0.25},
+        "training": {
+            "max_steps": 12,
+            "global_batch_sequences": 4,
+            "micro_batch_sequences": 2,
+            "precision": "fp32",
+        },
+        "validation": {"interval_steps": 5},
+        "checkpoint": {"interval_steps": 4, "keep": 2},
+        "logging": {"interval_steps": 1, "memory_interval_steps": 4},
+    }
+
+
+def start_training(config_path: Path, *overrides: str) -> multiprocessing.Process:
+    """Runs ``ultramem train`` in a child of a server process that has imported everything."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ultramem.training.run", "tiny_training"])
+    process = context.Process(target=_train_quietly, args=(config_path, list(overrides)))
+    process.start()
+    return process
+
+
+def _train_quietly(config_path: Path, overrides: list[str]) -> None:
+    log = os.open(Path(config_path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    train(config_path, overrides)
+
+
+def run_training(config_path: Path, *overrides: str) -> None:
+    """Trains to the end in a process of its own."""
+    process = start_training(config_path, *overrides)
+    process.join(120)
+    log = Path(config_path).with_suffix(".log")
+    assert process.exitcode == 0, log.read_text()
+
+
+def training_state(step_folder: Path, scratch: Path) -> dict[str, Any]:
+    """Everything that a training state holds: weights, buffers, moments, data position, random states."""
+    from olmo_core.distributed.checkpoint import unshard_checkpoint
+
+    files = unshard_checkpoint(step_folder / "model_and_optim", scratch, save_overwrite=True, quiet=True)
+    model, optim = (torch.load(file, weights_only=False) for file in files)
+    trainer = torch.load(step_folder / "train" / "rank0.pt", weights_only=False)
+    return {"model": model, "optim": optim, **{key: trainer[key] for key in ("global_step", "data_loader", "epoch", "rng")}}
+
+
+def assert_same_state(first: Any, second: Any, path: str = "state") -> None:
+    """Every tensor and number in two nested states is equal, bit for bit."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_same_state(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same_state(a, b, f"{path}[{i}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), f"{path}: {(first != second).sum()} of {first.numel()} elements differ"
+    elif hasattr(first, "tolist"):
+        assert first.tolist() == second.tolist(), path
+    else:
+        assert first == second, path
+
+
+def metrics_lines(run_folder: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl`` without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if not key.startswith("throughput/tokens per")} for line in lines]
