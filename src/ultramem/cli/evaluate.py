@@ -1,0 +1,155 @@
+"""`ultramem eval`: loss, perplexity, bits per byte, speed and factual recall of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from transformers import PreTrainedModel
+
+    from ultramem.evaluation.perplexity import PerplexityResult
+    from ultramem.evaluation.recall import RecallReport
+
+_MAX_DEFAULT_LENGTH_TOKENS = 1024
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A model folder, or a run folder (its newest model is taken).")],
+    data: Annotated[Path, typer.Option(help="Folder that `ultramem data prepare` wrote.")],
+    split: Annotated[str, typer.Option(help="Part of the data to measure the loss on.")] = "validation",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default: the model's positions, at most 1024.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 16,
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.float32,
+    max_tokens: Annotated[int | None, typer.Option(help="Predict only the first so many tokens.")] = None,
+    recall: Annotated[
+        bool | None,
+        typer.Option("--recall/--no-recall", help="Country facts; default: if the data holds the Factbook."),
+    ] = None,
+    max_facts: Annotated[int | None, typer.Option(help="Ask a random sample of so many facts.")] = 800,
+    seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: an accelerator if present.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here as well.")] = None,
+) -> None:
+    """Measure the loss, perplexity and bits per byte of a checkpoint, and how many country facts it recalls."""
+    import torch
+
+    from ultramem.data.manifest import load_manifest
+    from ultramem.evaluation.compatibility import check_same_vocabulary, split_of
+
+    folder = find_model_folder(checkpoint)
+    manifest = load_manifest(data)
+    part = split_of(manifest, split)
+    model = load_model(folder, choose_device(device))
+    check_same_vocabulary(folder, model.config.vocab_size, manifest)
+    if recall is None:
+        recall = "factbook" in manifest.sources
+    length_tokens = sequence_length or min(model.config.max_position_embeddings, _MAX_DEFAULT_LENGTH_TOKENS)
+    options = {
+        "token_files": part.files,
+        "token_dtype": manifest.dtype,
+        "sequence_length_tokens": length_tokens,
+        "batch_size": batch_size,
+        "bytes_per_token": part.bytes_per_token if part.num_tokens else None,
+        "dtype": torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32,
+        "max_tokens": max_tokens,
+    }
+    with _progress() as progress:
+        total_tokens = min(part.num_tokens, max_tokens or part.num_tokens)
+        result = _measure_loss(model, options, progress, total_tokens)
+        report = _measure_recall(model, folder, max_facts, seed, progress) if recall else None
+    numbers = {
+        "checkpoint": str(folder),
+        "data": str(data),
+        "data_fingerprint": manifest.fingerprint,
+        "split": split,
+        "sequence_length_tokens": length_tokens,
+        "dtype": dtype.value,
+        "device": str(model.device),
+        **result.to_dict(),
+        "recall": report.to_dict() if report else None,
+    }
+    _print(numbers, result, report)
+    if json_file is not None:
+        temporary = json_file.with_name(json_file.name + ".tmp")
+        temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(json_file)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+def _measure_loss(
+    model: PreTrainedModel, options: dict[str, Any], progress: Progress, total_tokens: int
+) -> PerplexityResult:
+    from ultramem.evaluation.perplexity import evaluate_perplexity
+
+    task = progress.add_task("loss", total=total_tokens)
+    return evaluate_perplexity(model, progress=lambda num_tokens: progress.advance(task, num_tokens), **options)
+
+
+def _measure_recall(
+    model: PreTrainedModel, folder: Path, max_facts: int | None, seed: int, progress: Progress
+) -> RecallReport:
+    from ultramem.data.facts import PHRASINGS, load_facts
+    from ultramem.evaluation.recall import evaluate_recall
+
+    facts = load_facts()
+    task = progress.add_task("recall", total=min(len(facts), max_facts or len(facts)))
+    return evaluate_recall(
+        model,
+        load_tokenizer(folder),
+        facts,
+        PHRASINGS,
+        max_facts=max_facts,
+        seed=seed,
+        progress=lambda num_facts: progress.advance(task, num_facts),
+    )
+
+
+def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallReport | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{numbers['checkpoint']} on {numbers['data']}, {numbers['split']}", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_row("tokens predicted", f"{result.num_tokens:,}")
+    table.add_row("loss (nats per token)", f"{result.loss:.4f}")
+    table.add_row("perplexity", f"{result.perplexity:,.2f}")
+    table.add_row("bits per byte", "–" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}")
+    table.add_row("tokens per second", f"{result.tokens_per_s:,.0f}")
+    table.add_row(
+        "measured as", f"{numbers['dtype']}, windows of {numbers['sequence_length_tokens']}, {numbers['device']}"
+    )
+    console.print(table)
+    if report is None:
+        return
+    table = Table(title="factual recall (± standard error; chance in brackets)")
+    for heading in ("relation", "facts", "answers", "right, %", "in first 10, %", "mean reciprocal rank"):
+        table.add_column(heading, justify="left" if heading == "relation" else "right")
+    for name, one in [*report.relations.items(), ("all", report.total)]:
+        if name == "all":
+            table.add_section()
+        table.add_row(
+            name,
+            str(one.num_facts),
+            f"{one.num_candidates:.0f}",
+            f"{one.accuracy_at_1:.1%} ± {one.accuracy_at_1_error:.1%} ({one.chance_at_1:.1%})".replace("%", ""),
+            f"{one.accuracy_at_10:.1%} ± {one.accuracy_at_10_error:.1%} ({one.chance_at_10:.1%})".replace("%", ""),
+            f"{one.mean_reciprocal_rank:.3f} ± {one.mean_reciprocal_rank_error:.3f} ({one.chance_reciprocal_rank:.3f})",
+        )
+    console.print(table)

@@ -1,0 +1,125 @@
+"""Text from a causal language model, piece by piece as it is made."""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from ultramem.errors import ConfigError
+
+_BROKEN_CHARACTER = "\ufffd"
+
+
+class _StopWhenAsked(StoppingCriteria):
+    """Ends the generation when its reader has gone."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self.asked = asked
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device)
+
+
+def generate_stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Continue a prompt.
+
+    The generation runs in a thread of its own; closing the iterator early ends it after the current token. It stops at
+    `max_new_tokens`, at the model's end-of-text token, or where the model's positions end.
+
+    Args:
+        model: any causal language model of `transformers` that generates, in eval mode.
+        tokenizer: the model's own.
+        prompt: text to continue; an empty one starts from the end-of-text token, which stands before every document.
+        max_new_tokens: at most so many tokens, at least 1.
+        temperature: 0 always takes the likeliest token; larger values draw from softmax(logits / temperature).
+        top_p: draw from the smallest set of tokens whose probabilities sum to this, in (0, 1].
+        seed: of the draws (PyTorch's global generator is seeded); None leaves the generator as it is.
+
+    Yields:
+        Pieces of the continuation, without the prompt, at least a word at a time where words are separated by blanks.
+        No piece cuts a character; an unfinished one at the very end is dropped.
+
+    Raises:
+        ConfigError: a value is out of range, or the prompt leaves no position for a new token.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"cannot generate with max_new_tokens {max_new_tokens}, temperature {temperature} and top_p {top_p}: give "
+            f"at least 1 new token, a temperature of 0 (greedy) or more, and a top_p above 0 and at most 1."
+        )
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    num_positions = model.config.max_position_embeddings
+    if len(ids) >= num_positions:
+        raise ConfigError(
+            f"the prompt is {len(ids)} tokens long, but the model has {num_positions} positions "
+            f"(max_position_embeddings) for the prompt and its continuation: shorten the prompt to at most "
+            f"{num_positions - 1} tokens."
+        )
+    return _run(model, tokenizer, ids, min(max_new_tokens, num_positions - len(ids)), temperature, top_p, seed)
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+) -> Iterator[str]:
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    reader_gone = threading.Event()
+    failures: list[BaseException] = []
+    input_ids = torch.tensor([ids], device=model.device)
+    # top_k=0: transformers would otherwise draw from the fifty likeliest tokens only.
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+
+    def work() -> None:
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_StopWhenAsked(reader_gone)]),
+                **(sampling or {"do_sample": False}),
+            )
+        except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+            failures.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        held_back = ""
+        for piece in streamer:
+            text = held_back + piece
+            # A character whose bytes have not all come decodes to U+FFFD at the end of the text.
+            ready = text.rstrip(_BROKEN_CHARACTER)
+            held_back = text[len(ready) :]
+            if ready:
+                yield ready
+    finally:
+        reader_gone.set()
+        thread.join()
+    if failures:
+        raise failures[0]
