@@ -160,6 +160,8 @@ def test_facts_without_a_phrasing_are_refused(model, tokenizer):
         evaluate_recall(model, tokenizer, FACTS, {"capital": PHRASINGS["capital"]})
     with pytest.raises(DataError, match="Give at least one fact"):
         evaluate_recall(model, tokenizer, [], PHRASINGS)
+    with pytest.raises(DataError, match="cannot ask 0 facts"):
+        evaluate_recall(model, tokenizer, FACTS, PHRASINGS, max_facts=0)
 
 
 def test_the_tokenizer_of_these_tests_splits_answers(tokenizer):

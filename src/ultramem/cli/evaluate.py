@@ -52,11 +52,12 @@ def evaluate(
     check_same_vocabulary(folder, model.config.vocab_size, manifest)
     if recall is None:
         recall = "factbook" in manifest.sources
-    length_tokens = sequence_length or min(model.config.max_position_embeddings, _MAX_DEFAULT_LENGTH_TOKENS)
+    if sequence_length is None:
+        sequence_length = min(model.config.max_position_embeddings, _MAX_DEFAULT_LENGTH_TOKENS)
     options = {
         "token_files": part.files,
         "token_dtype": manifest.dtype,
-        "sequence_length_tokens": length_tokens,
+        "sequence_length_tokens": sequence_length,
         "batch_size": batch_size,
         "bytes_per_token": part.bytes_per_token if part.num_tokens else None,
         "dtype": torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32,
@@ -71,7 +72,7 @@ def evaluate(
         "data": str(data),
         "data_fingerprint": manifest.fingerprint,
         "split": split,
-        "sequence_length_tokens": length_tokens,
+        "sequence_length_tokens": sequence_length,
         "dtype": dtype.value,
         "device": str(model.device),
         **result.to_dict(),

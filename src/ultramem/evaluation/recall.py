@@ -110,7 +110,7 @@ def evaluate_recall(
         Recall per relation, in the order of `facts`, and in total.
 
     Raises:
-        DataError: there are no facts, or a relation has no phrasing.
+        DataError: there are no facts, a relation has no phrasing, or `max_facts` is below 1.
     """
     unphrased = sorted({fact.relation for fact in facts if not phrasings.get(fact.relation)})
     if unphrased or not facts:
@@ -118,6 +118,8 @@ def evaluate_recall(
             f"no facts to ask, or relations without a phrasing: {', '.join(unphrased) or 'none'}. Give at least one "
             f"fact, and for each relation at least one prompt."
         )
+    if max_facts is not None and max_facts < 1:
+        raise DataError(f"cannot ask {max_facts} facts: give at least 1, or leave the maximum out to ask all.")
     facts = list(dict.fromkeys(facts))
     shuffled = random.Random(seed).sample(facts, len(facts))
     asked = set(shuffled[:max_facts])

@@ -1,0 +1,83 @@
+import shutil
+
+import pytest
+
+from ultramem.errors import CheckpointError, ConfigError
+
+
+def test_it_prints_the_prompt_and_its_continuation(invoke, model_folder):
+    arguments = ("generate", model_folder, "--prompt", "The capital", "--max-new-tokens", 12)
+    first, again, other = invoke(*arguments), invoke(*arguments), invoke(*arguments, "--seed", 1)
+    assert first.exit_code == 0
+    assert first.stdout.startswith("The capital")
+    assert len(first.stdout) > len("The capital\n")
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_the_prompt_may_come_from_standard_input(invoke, model_folder):
+    arguments = ("generate", model_folder, "--max-new-tokens", 5, "--temperature", 0, "--prompt")
+    assert invoke(*arguments, "-", stdin="The capital\n").stdout == invoke(*arguments, "The capital").stdout
+
+
+def test_a_run_folder_says_which_model_it_took(invoke, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "step20-hf")
+    (tmp_path / "step30-hf").mkdir()
+    result = invoke("generate", tmp_path, "--prompt", "The", "--max-new-tokens", 2)
+    assert result.exit_code == 0
+    assert f"taking its newest model, {tmp_path / 'step20-hf'}" in result.stderr
+    assert "newest model" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prompt", "word " * 80), "shorten the prompt to at most 63 tokens"),
+        (("--prompt", "x", "--top-p", "0"), "a top_p above 0"),
+        (("--prompt", "x", "--device", "nonsense"), "device 'nonsense' cannot be used here"),
+    ],
+)
+def test_values_that_cannot_be_used(invoke, model_folder, arguments, said):
+    error = invoke("generate", model_folder, *arguments).exception
+    assert isinstance(error, ConfigError)
+    assert said in str(error)
+
+
+def damage(folder, kind):
+    if kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif kind == "weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif kind == "config":
+        (folder / "config.json").write_text("{")
+    elif kind == "other sizes":
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    elif kind == "more blocks":
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("no tokenizer", "holds no tokenizer that can be read"),
+        ("tokenizer", "holds no tokenizer that can be read"),
+        ("weights", "cannot be loaded"),
+        ("config", "cannot be loaded"),
+        ("other sizes", "are not those of its config.json: mismatched"),
+        ("more blocks", "are not those of its config.json: missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_reported_and_never_used(invoke, model_folder, tmp_path, kind, said):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    damage(folder, kind)
+    result = invoke("generate", folder, "--prompt", "The")
+    assert isinstance(result.exception, CheckpointError)
+    assert said in str(result.exception)
+    assert str(folder) in str(result.exception)
+    assert result.stdout == ""
