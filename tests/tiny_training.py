@@ -124,7 +124,11 @@ def training_state(step_folder: Path, scratch: Path) -> dict[str, Any]:
     files = unshard_checkpoint(step_folder / "model_and_optim", scratch, save_overwrite=True, quiet=True)
     model, optim = (torch.load(file, weights_only=False) for file in files)
     trainer = torch.load(step_folder / "train" / "rank0.pt", weights_only=False)
-    return {"model": model, "optim": optim, **{key: trainer[key] for key in ("global_step", "data_loader", "epoch", "rng")}}
+    return {
+        "model": model,
+        "optim": optim,
+        **{key: trainer[key] for key in ("global_step", "data_loader", "epoch", "rng")},
+    }
 
 
 def assert_same_state(first: Any, second: Any, path: str = "state") -> None:
@@ -150,3 +154,12 @@ def metrics_lines(run_folder: Path) -> list[dict[str, float]]:
     """The lines of ``metrics.jsonl`` without what depends on the clock."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line if not key.startswith("throughput/tokens per")} for line in lines]
+
+
+def tiny_model(**changes: Any) -> Any:
+    """The tiny run's model; ``memory=None`` makes it dense."""
+    from ultramem.model import UltraMemConfig, UltraMemForCausalLM
+
+    settings = tiny_settings(Path(), Path())["model"] | {"vocab_size": VOCAB_SIZE, "eos_token_id": 0, "pad_token_id": 1}
+    torch.manual_seed(0)
+    return UltraMemForCausalLM(UltraMemConfig(**settings | changes))

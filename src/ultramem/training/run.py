@@ -55,13 +55,13 @@ def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
     given = config.model.get("vocab_size")
     if given is not None and given < manifest.vocab_size:
         raise ConfigError(
-            f"'model.vocab_size' is {given}, but the tokenizer of '{config.data.folder}' has {manifest['vocab_size']} "
-            f"tokens: leave it out, or give {manifest['vocab_size']} or more"
+            f"'model.vocab_size' is {given}, but the tokenizer of '{config.data.folder}' has {manifest.vocab_size} "
+            f"tokens: leave it out, or give {manifest.vocab_size} or more"
         )
     if config.data.fingerprint not in (None, manifest.fingerprint):
         raise ConfigError(
             f"'data.fingerprint' is {config.data.fingerprint}, but '{config.data.folder}' has "
-            f"{manifest['fingerprint']}: it is not the data that this config was made for; leave the key out to accept"
+            f"{manifest.fingerprint}: it is not the data that this config was made for; leave the key out to accept"
         )
     config.data.fingerprint = manifest.fingerprint
     for key in ("vocab_size", "eos_token_id", "pad_token_id"):

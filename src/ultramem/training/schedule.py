@@ -27,9 +27,10 @@ class TableCosine(CosWithWarmup):
     decay_fraction: float = 1.0
 
     def get_lr(self, initial_lr: float, current: int, t_max: int) -> float:
-        """The tables' rate after ``current`` of ``t_max`` tokens; ``initial_lr`` is the dense parameters' peak."""
+        """The tables' rate after ``current`` of ``self.t_max`` tokens; ``initial_lr`` is the dense parameters' peak."""
+        assert self.t_max is not None
         base = super().get_lr(initial_lr, current, t_max)
-        return base * table_lr_times(self.multiplier, current, t_max, self.decay_fraction)
+        return base * table_lr_times(self.multiplier, current, self.t_max, self.decay_fraction)
 
 
 def build_schedules(config: RunConfig) -> dict[str, Scheduler]:

@@ -1,0 +1,60 @@
+"""Memory statistics, accumulated over micro-batches."""
+
+import math
+
+import pytest
+import torch
+
+from ultramem.training.memory_metrics import MemoryMeter, usage_divergence, value_coverage
+
+
+def statistics(slots, scores, output_std=1.0):
+    return {
+        "slots_NK": torch.tensor(slots),
+        "scores_NK": torch.tensor(scores),
+        "output_std": torch.tensor(output_std),
+        "singular_values": torch.tensor([[2.0, 0.5]]),
+    }
+
+
+def test_coverage_counts_slots_that_were_hit():
+    assert value_coverage(torch.tensor([3, 0, 1, 0])) == 0.5
+    assert value_coverage(torch.tensor([1, 1, 9])) == 1.0
+
+
+def test_divergence_is_zero_for_uniform_and_log_slots_for_one():
+    assert usage_divergence(torch.tensor([5, 5, 5, 5])) == pytest.approx(0.0, abs=1e-12)
+    assert usage_divergence(torch.tensor([0, 7, 0, 0])) == pytest.approx(math.log(4))
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    expected = sum(x * math.log(x * 4) for x in p.tolist() if x)
+    assert usage_divergence((p * 8).long()) == pytest.approx(expected)
+
+
+def test_meter_gives_the_same_for_one_batch_and_for_its_parts():
+    slots, scores = [[0, 1], [1, 2], [1, 5]], [[2.0, 1.0], [0.5, 4.0], [3.0, -1.0]]
+    whole, parts = MemoryMeter(6), MemoryMeter(6)
+    whole.update(statistics(slots, scores))
+    parts.update(statistics(slots[:1], scores[:1]))
+    parts.update(statistics(slots[1:], scores[1:]))
+    assert parts.read() == pytest.approx(whole.read())
+    metrics = whole.read()
+    assert metrics["value_coverage"] == pytest.approx(4 / 6)
+    assert metrics["top1_score"] == pytest.approx((2 + 4 + 3) / 3)
+    assert metrics["mean_score"] == pytest.approx((1.5 + 2.25 + 1.0) / 3)
+    assert (metrics["singular_value_head0_0"], metrics["singular_value_head0_1"]) == (2.0, 0.5)
+
+
+def test_output_std_pools_variances_by_tokens():
+    meter = MemoryMeter(2)
+    meter.update(statistics([[0], [1], [0]], [[1.0]] * 3, output_std=1.0))
+    meter.update(statistics([[0]], [[1.0]], output_std=3.0))
+    assert meter.read()["output_std"] == pytest.approx(math.sqrt((3 * 1 + 1 * 9) / 4))
+
+
+def test_reset_starts_a_new_period():
+    meter = MemoryMeter(4)
+    meter.update(statistics([[0, 1]], [[1.0, 1.0]]))
+    meter.reset()
+    assert meter.read() == {}
+    meter.update(statistics([[3, 3]], [[1.0, 1.0]]))
+    assert meter.read()["value_coverage"] == 0.25

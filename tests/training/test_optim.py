@@ -1,0 +1,56 @@
+"""Optimizer groups cover every parameter once, with weight decay on all of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from tiny_training import tiny_model
+from ultramem.model.roles import parameter_roles
+from ultramem.training.config import OptimizerSection
+from ultramem.training.optim import build_optimizer, group_parameters
+
+
+def test_groups_cover_a_memory_model():
+    model = tiny_model()
+    optimizer = build_optimizer(model, parameter_roles(model), OptimizerSection(lr=0.5, weight_decay=0.1))
+    by_name = {group["name"]: group for group in optimizer.param_groups}
+    assert sorted(by_name) == ["dense", "tables"]
+    tables = {id(parameter) for parameter in by_name["tables"]["params"]}
+    assert tables == {id(model.model.memory_pool.values), id(model.model.memory_pool.pre_values)}
+    assert len(tables) + len(by_name["dense"]["params"]) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
+        assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+def test_dense_model_has_no_table_group():
+    model = tiny_model(memory=None)
+    assert list(group_parameters(model, parameter_roles(model))) == ["dense"]
+
+
+def test_missing_and_doubled_parameters_are_caught():
+    model = nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match="do not cover"):
+        group_parameters(model, {"weight": "matrix"})
+    model.alias = nn.Module()
+    model.alias.weight = model.weight
+    named = {"weight": model.weight, "bias": model.bias, "alias.weight": model.weight}
+    model.named_parameters = lambda **_: iter(named.items())
+    with pytest.raises(AssertionError, match="two optimizer groups"):
+        group_parameters(model, {"weight": "matrix", "bias": "norm", "alias.weight": "matrix"})
+
+
+def test_weight_decay_acts_through_the_groups_own_rate():
+    """With zero gradients AdamW multiplies by 1 − lr·decay, in every role."""
+    model = tiny_model()
+    roles = parameter_roles(model)
+    optimizer = build_optimizer(model, roles, OptimizerSection(lr=0.5, weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = {"dense": 0.5, "tables": 1.0}[group["name"]]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.9 if roles[name] == "table" else 0.95
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
