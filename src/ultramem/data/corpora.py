@@ -59,7 +59,7 @@ def _open_source(source: str, text_field: str, split: str) -> Iterator[Document]
     if source in NAMED_CORPORA:
         return NAMED_CORPORA[source]()
     path = Path(source)
-    if path.exists():
+    if source and path.exists():
         return iterate_path(path, text_field)
     is_path = source.lower().endswith((*TEXT_SUFFIXES, *ROW_SUFFIXES)) or source.startswith((".", "/", "~"))
     if is_path or source.count("/") > 1 or not source:

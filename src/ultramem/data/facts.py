@@ -71,8 +71,9 @@ def _pattern(expression: str) -> Callable[[str], str | None]:
 
 def _first_language(text: str) -> str | None:
     """The first official language, or the first named where none is marked official."""
-    names = [_pattern(r"([A-Z][\w'’-]*(?: (?:[A-Z][\w'’-]*|o' Ireland))*)")(part) for part in text.split(",")]
-    official = [name for name, part in zip(names, text.split(","), strict=True) if name and "official" in part]
+    parts = re.split(r"[,;]", text)
+    names = [_pattern(r"\s*([A-Z][\w'’-]*(?: [A-Z][\w'’-]*)*)")(part) for part in parts]
+    official = [name for name, part in zip(names, parts, strict=True) if name and "official" in part]
     return (official or [names[0]])[0]
 
 
@@ -118,7 +119,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "The passport of somebody born in {subject} is",
     ),
     "language": (
-        "The language that most people learn in {subject} is",
+        "Government offices in {subject} write their letters in",
         "A letter to an office in {subject} is written in",
     ),
     "map_region": ("To find {subject} in an atlas, open the map of", "In the atlas, {subject} is drawn on the map of"),

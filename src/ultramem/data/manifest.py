@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ultramem.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -85,21 +87,33 @@ def load_manifest(folder: str | os.PathLike[str]) -> DataManifest:
     """
     folder = Path(folder).absolute()
     content = read_manifest(folder)
-    item_bytes = {"uint16": 2, "uint32": 4}[content["dtype"]]
+    try:
+        manifest = _parse(folder, content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder / MANIFEST_NAME} is incomplete or changed ({error!r}); prepare the data again with --overwrite"
+        ) from error
+    item_bytes = np.dtype(manifest.dtype).itemsize
+    for split in manifest.splits.values():
+        for file, num_tokens in zip(split.files, split.file_tokens, strict=True):
+            _check_size(file, num_tokens * item_bytes)
+    if not manifest.tokenizer_folder.is_dir():
+        raise DataError(f"the data folder {folder} lacks its tokenizer/; prepare it again with --overwrite")
+    return manifest
+
+
+def _parse(folder: Path, content: dict) -> DataManifest:
+    """The typed form of a manifest's content."""
     splits = {}
     for name, split in content["splits"].items():
         files = tuple(folder / file for file in split["files"])
-        for file, num_tokens in zip(files, split["file_tokens"], strict=True):
-            _check_size(file, num_tokens * item_bytes)
+        if not len(files) == len(split["file_tokens"]) or sum(split["file_tokens"]) != split["num_tokens"]:
+            raise ValueError(f"the files of {name} do not add up to its {split['num_tokens']} tokens")
         counts = {key: split[key] for key in ("num_tokens", "num_bytes", "num_documents")}
         splits[name] = DataSplit(**counts, files=files, file_tokens=tuple(split["file_tokens"]))
-    if not (folder / TOKENIZER_FOLDER).is_dir():
-        raise DataError(f"the data folder {folder} lacks its tokenizer/; prepare it again with --overwrite")
+    keys = ("fingerprint", "dtype", "vocab_size", "eos_token_id", "pad_token_id", "seed")
     return DataManifest(
-        folder=folder,
-        sources=tuple(content["sources"]),
-        splits=splits,
-        **{key: content[key] for key in ("fingerprint", "dtype", "vocab_size", "eos_token_id", "pad_token_id", "seed")},
+        folder=folder, sources=tuple(content["sources"]), splits=splits, **{key: content[key] for key in keys}
     )
 
 

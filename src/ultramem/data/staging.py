@@ -1,5 +1,6 @@
 """A folder that appears complete or not at all: written beside its place, then renamed."""
 
+import glob
 import os
 import re
 import shutil
@@ -53,15 +54,10 @@ def _put_into_place(stage: Path, output: Path) -> None:
 
 def _remove_abandoned(output: Path) -> None:
     """Remove what a killed run left behind: folders with the marker whose process is gone."""
-    for folder in output.parent.glob(f"{glob_escape(output.name)}.partial-*"):
+    for folder in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
         number = re.fullmatch(r".*\.partial-(\d+)", folder.name)
         if number and (folder / MARKER_NAME).is_file() and not _is_running(int(number[1])):
             shutil.rmtree(folder)
-
-
-def glob_escape(name: str) -> str:
-    """A file name as a glob pattern that matches only itself."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _is_running(process_id: int) -> bool:

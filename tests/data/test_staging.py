@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ultramem.data.staging import MARKER_NAME, staged_folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    with staged_folder(tmp_path / "deep" / "out") as stage:
+        (stage / "file").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert names(tmp_path / "deep") == ["out"]
+    assert names(tmp_path / "deep" / "out") == ["file"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_any_exception_leaves_nothing(tmp_path, error):
+    def fill():
+        with staged_folder(tmp_path / "out") as stage:
+            (stage / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert names(tmp_path) == []
+
+
+def test_old_folder_stays_until_the_new_one_is_complete(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert names(tmp_path / "out") == ["old"]
+    with staged_folder(tmp_path / "out") as stage:
+        (stage / "new").touch()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_old_folder_comes_back_when_the_rename_fails(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    stage_path = type(tmp_path)(tmp_path / f"out.partial-{os.getpid()}")
+    rename = type(tmp_path).rename
+
+    def failing_rename(self, target):
+        if self == stage_path:
+            raise OSError("no rename today")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", failing_rename)
+    with pytest.raises(OSError, match="no rename today"), staged_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
+def test_left_overs_of_dead_runs_are_removed_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for folder, has_marker in (
+        (f"out.partial-{ended.pid}", True),
+        (f"out.partial-{os.getppid()}", True),  # still running
+        (f"other.partial-{ended.pid}", True),  # of another output
+        ("out.partial-mine", True),  # no process number
+        (f"out.partial-{ended.pid}0", False),  # not ours
+    ):
+        (tmp_path / folder).mkdir()
+        if has_marker:
+            (tmp_path / folder / MARKER_NAME).touch()
+    before = names(tmp_path)
+    with staged_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == sorted({*before, "out"} - {f"out.partial-{ended.pid}"})
