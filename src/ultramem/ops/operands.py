@@ -24,7 +24,8 @@ def check_operands(
         raise ValueError(f"{name}: {idx_NK.shape[0]} tokens in idx_NK but {token_operand.shape[0]} in its operand.")
     if num_cores < 1 or width % num_cores:
         raise ValueError(f"{name}: a width of {width} cannot be cut into {num_cores} equal core slices.")
-    if (block_NK is None) != (num_blocks == 1):
+    # Two comparisons of num_blocks, not one of truth values: under torch.compile it may be a symbol.
+    if num_blocks != 1 if block_NK is None else num_blocks == 1:
         raise ValueError(f"{name}: block_NK and num_blocks > 1 go together, got num_blocks = {num_blocks}.")
     if block_NK is not None and block_NK.shape != idx_NK.shape:
         raise ValueError(

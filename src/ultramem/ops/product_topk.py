@@ -42,7 +42,8 @@ def check_search(search: str, side: int, top_k: int, coarse_top_k: int) -> None:
     """Raise ValueError, saying what is allowed, if a search cannot return ``top_k`` slots of a grid of that side."""
     if search not in get_args(Search):
         raise ValueError(f"search must be one of {', '.join(get_args(Search))}; got {search!r}.")
-    if search != "exact" and not 1 <= coarse_top_k <= side:
+    # The exact search ignores it, but the key-balance loss counts the coarse selections of every search.
+    if not 1 <= coarse_top_k <= side:
         raise ValueError(f"coarse_top_k must lie between 1 and the {side} keys of a side; got {coarse_top_k}.")
     most = num_candidates(search, side, coarse_top_k)  # type: ignore[arg-type]
     if not 1 <= top_k <= most:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ultramem.ops.operands import check_operands, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
@@ -22,6 +23,9 @@ def scatter_reference(
     width = x_NV.shape[1] // num_blocks
     x_NKCv = x_NV.to(dtype).reshape(num_tokens, num_blocks, num_cores, width // num_cores)
     if block_NK is not None:
+        # Indexing alone would take negative blocks from the end.
+        if block_NK.numel() and not block_NK.is_cuda and int(block_NK.min()) < 0:
+            raise IndexError(f"scatter: a block is negative; blocks lie in [0, {num_blocks}).")
         x_NKCv = x_NKCv[torch.arange(num_tokens, device=idx_NK.device)[:, None], block_NK.long()]
     rows = (w_NKC.to(dtype)[..., None] * x_NKCv).reshape(idx_NK.numel(), width)
     if rows.shape[0] == 0:
@@ -62,6 +66,11 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[2]:
         grad_x = ops.bag(idx_NK, w_NKC, grad_out, block_NK, ctx.num_blocks).to(x_NV.dtype)
     return None, grad_w, grad_x, None, None, None
+
+
+@register_flop_formula(torch.ops.ultramem.scatter)
+def _(idx_shape, w_shape, x_shape, num_rows, block_shape, num_blocks, **_):  # type: ignore[no-untyped-def]
+    return 2 * idx_shape[0] * idx_shape[1] * x_shape[1] // num_blocks
 
 
 _scatter.register_autograd(_backward, setup_context=_setup_context)
