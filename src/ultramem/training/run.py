@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -105,7 +106,7 @@ def train(config: RunConfig, manifest: DataManifest) -> Path | None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training runs in one process: start it without torchrun, or with one process")
     run_folder = config.save_folder
-    with exclusive_run_folder(run_folder), _log_to(run_folder / "train.log"):
+    with exclusive_run_folder(run_folder), _quiet_engine(run_folder / "train.log"):
         remove_leftovers(run_folder)
         check_resumable(config)
         _write_config(config, run_folder / "config.yaml")
@@ -122,10 +123,10 @@ def check_resumable(config: RunConfig) -> None:
         return
     saved = load_config(config.save_folder / "config.yaml")
     differences = []
-    old, new = model_config(saved).to_dict(), model_config(config).to_dict()
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key != "transformers_version":
-            differences.append(f"model.{key}: {old.get(key)} → {new.get(key)}")
+    old, new = (_flatten("model", model_config(each).to_dict()) for each in (saved, config))
+    for key in sorted(old.keys() | new.keys() - {"model.transformers_version"}):
+        if old.get(key) != new.get(key):
+            differences.append(f"{key}: {old.get(key)} → {new.get(key)}")
     for section, key in (("data", "fingerprint"), ("run", "seed")):
         before, now = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
         if before != now:
@@ -135,6 +136,13 @@ def check_resumable(config: RunConfig) -> None:
             f"'{config.save_folder}' holds step {steps[-1]} of a run with other settings ({'; '.join(differences)}): "
             "set 'run.save_folder' to a new folder, or restore these settings to resume"
         )
+
+
+def _flatten(path: str, value: Any) -> dict[str, Any]:
+    """Nested settings as one dictionary with dotted keys."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: leaf for key in value for name, leaf in _flatten(f"{path}.{key}", value[key]).items()}
 
 
 def build_model(config: RunConfig) -> UltraMemForCausalLM:
@@ -219,8 +227,8 @@ def config_yaml(config: RunConfig) -> str:
 
 
 @contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Sends OLMo-core's messages to a file of the run: the terminal shows progress."""
+def _quiet_engine(path: Path) -> Iterator[None]:
+    """Sends OLMo-core's messages to a file of the run, so that the terminal shows progress only."""
     logger = logging.getLogger("olmo_core")
     level, propagate = logger.level, logger.propagate
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -229,7 +237,10 @@ def _log_to(path: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        yield
+        with warnings.catch_warnings():
+            # One process is what was asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            yield
     finally:
         logger.removeHandler(handler)
         handler.close()

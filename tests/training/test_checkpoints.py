@@ -1,0 +1,76 @@
+"""Run folders: what counts as complete, what is removed, who may write."""
+
+import os
+
+import pytest
+
+from ultramem.errors import CheckpointError
+from ultramem.training.checkpoints import (
+    complete_steps,
+    exclusive_run_folder,
+    export_model,
+    remove_leftovers,
+)
+
+COMPLETE = ("train/rank0.pt", "model_and_optim/.metadata", ".metadata.json")
+
+
+def make_step(run_folder, name, files=COMPLETE):
+    for file in files:
+        path = run_folder / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return run_folder / name
+
+
+def test_only_states_with_the_file_written_last_are_complete(tmp_path):
+    make_step(tmp_path, "step10")
+    make_step(tmp_path, "step9")
+    make_step(tmp_path, "step20", COMPLETE[:2])
+    make_step(tmp_path, "step30-tmp")
+    make_step(tmp_path, "step10-hf", ["config.json"])
+    assert complete_steps(tmp_path) == [9, 10]
+    assert complete_steps(tmp_path / "missing") == []
+
+
+def test_leftovers_go_and_everything_complete_stays(tmp_path):
+    kept = [make_step(tmp_path, "step10"), make_step(tmp_path, "step10-hf", ["config.json"])]
+    kept += [make_step(tmp_path, "steps", ["notes"]), make_step(tmp_path, "tensorboard", ["events"])]
+    for name in ("step20", "step30-tmp", "step10-hf.tmp", "step5-hf.old"):
+        make_step(tmp_path, name, COMPLETE[:2])
+    assert remove_leftovers(tmp_path) == ["step10-hf.tmp", "step20", "step30-tmp", "step5-hf.old"]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert remove_leftovers(tmp_path / "missing") == []
+
+
+def test_a_run_folder_has_one_writer(tmp_path):
+    """The lock belongs to the open file, so that a second one conflicts in one process as in two."""
+    message = r"another process is training in .*: wait for it, or set 'run.save_folder' to another"
+    with exclusive_run_folder(tmp_path), pytest.raises(CheckpointError, match=message), exclusive_run_folder(tmp_path):
+        pass
+    with exclusive_run_folder(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = r"cannot write to the run folder '.*file/run': Not a directory"
+    with pytest.raises(CheckpointError, match=message), exclusive_run_folder(tmp_path / "file" / "run"):
+        pass
+
+
+class FailingModel:
+    """Dies like a process on a full disk, in the middle of the export."""
+
+    def save_pretrained(self, folder):
+        os.makedirs(folder)
+        (folder / "config.json").write_text("half")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failed_export_leaves_the_old_model_folder(tmp_path):
+    target = make_step(tmp_path, "step3-hf", ["config.json"])
+    with pytest.raises(OSError, match="No space"):
+        export_model(FailingModel(), tmp_path, target)
+    assert (target / "config.json").read_text() == "x"
+    assert remove_leftovers(tmp_path) == ["step3-hf.tmp"]
