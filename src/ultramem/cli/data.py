@@ -21,7 +21,7 @@ def prepare_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Text files, folders of .txt or .md files, .jsonl(.gz, .zst) or .parquet files, data sets on the "
             "Hugging Face hub (owner/name or owner/name:configuration), or the corpora factbook and wikipedia-leads.",
         ),

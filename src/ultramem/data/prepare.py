@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
@@ -227,7 +228,11 @@ def _track(
 def _progress(is_visible: bool) -> Iterator[Progress]:
     """Bars that count documents; they disappear when the work is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=not is_visible) as progress:
+    console = Console(stderr=True)
+    # Bars in a log file would only leave blank lines.
+    with Progress(
+        *columns, console=console, transient=True, disable=not (is_visible and console.is_terminal)
+    ) as progress:
         yield progress
 
 
