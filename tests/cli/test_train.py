@@ -1,0 +1,55 @@
+"""``ultramem train`` from the command line."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ultramem.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+TINY = [
+    "run.save_folder={folder}/run",
+    "data.folder={data}",
+    "data.sequence_length_tokens=16",
+    "model.hidden_size=24",
+    "model.intermediate_size=24",
+    "model.num_hidden_layers=2",
+    "training.max_tokens=null",
+    "training.max_steps=3",
+    "training.global_batch_sequences=4",
+    "training.micro_batch_sequences=2",
+]
+TINY_MEMORY = ["model.memory.num_keys=8", "model.memory.value_dim=8", "model.memory.top_k=4"]
+
+
+@pytest.fixture
+def overrides(data_folder, tmp_path):
+    return [override.format(folder=tmp_path, data=data_folder) for override in TINY]
+
+
+@pytest.mark.parametrize(("name", "memory"), [("demo", TINY_MEMORY), ("demo_dense", [])])
+def test_shipped_configs_train_at_a_tiny_size(invoke, overrides, tmp_path, name, memory):
+    result = invoke("train", CONFIGS / f"{name}.yaml", *overrides, *memory)
+    assert result.exit_code == 0, result.output
+    assert f"model: {tmp_path}/run/step3-hf" in result.stdout
+    assert re.search(r"step 3/3  loss \d\.\d{4}  [\d,]+ tokens/s  validation \d\.\d{4}  0s left", result.stderr)
+    evaluation = invoke("info", tmp_path / "run")
+    assert evaluation.exit_code == 0, evaluation.output
+
+
+def test_dry_run_prints_the_figures_and_writes_nothing(invoke, overrides, tmp_path):
+    result = invoke("train", CONFIGS / "demo.yaml", *overrides, *TINY_MEMORY, "--dry-run")
+    assert result.exit_code == 0, result.output
+    shown = {line.split("│")[1].strip() for line in result.stdout.splitlines() if line.count("│") == 3}
+    assert {"table parameters", "FLOPs per token, training", "memory: all", "tokens", "steps"} <= shown
+    assert yaml.safe_load(result.stdout.split("┌")[0])["training"]["max_steps"] == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_an_override_is_a_config_error(invoke, overrides):
+    result = invoke("train", CONFIGS / "demo.yaml", *overrides, "optimizer.lrr=1")
+    assert isinstance(result.exception, ConfigError)
+    assert "did you mean 'optimizer.lr'?" in str(result.exception)
