@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.operands import block_selector, check_operands, gather_rows, with_cores
+from ultramem.ops.operands import block_selector, check_operands, gather_rows, slice_indices, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
 
@@ -14,18 +14,31 @@ def bag_reference(
     idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1
 ) -> Tensor:
     """Plain PyTorch definition of `bag`; every backend must agree with it."""
-    rows_NKCv = gather_rows(table_RV, idx_NK, w_NKC.shape[2])
-    w_NKC = w_NKC.to(rows_NKCv.dtype)
+    rows_NCKv = gather_rows(table_RV, idx_NK, w_NKC.shape[2])
+    w_NKC = w_NKC.to(rows_NCKv.dtype)
     if block_NK is None:
-        out = torch.einsum("nkcv,nkc->ncv", rows_NKCv, w_NKC)
+        out = torch.einsum("nckv,nkc->ncv", rows_NCKv, w_NKC)
     else:
-        selector_NKE = block_selector(block_NK, num_blocks, rows_NKCv.dtype)
-        out = torch.einsum("nkcv,nkc,nke->necv", rows_NKCv, w_NKC, selector_NKE)
+        selector_NKE = block_selector(block_NK, num_blocks, rows_NCKv.dtype)
+        out = torch.einsum("nckv,nkc,nke->necv", rows_NCKv, w_NKC, selector_NKE)
     return out.reshape(idx_NK.shape[0], num_blocks * table_RV.shape[1]).to(table_RV.dtype)
+
+
+def _embedding_bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor) -> Tensor:
+    """One block by ATen's fused pooling, which never materialises the gathered rows; slices are bags of their own."""
+    num_cores, width = w_NKC.shape[2], table_RV.shape[1]
+    idx = slice_indices(idx_NK, num_cores).reshape(-1, idx_NK.shape[1])
+    weights = w_NKC.transpose(1, 2).reshape(idx.shape).to(table_RV.dtype)
+    slices = table_RV.reshape(table_RV.shape[0] * num_cores, width // num_cores)
+    pooled = torch.nn.functional.embedding_bag(idx, slices, per_sample_weights=weights, mode="sum")
+    return pooled.reshape(idx_NK.shape[0], width)
 
 
 @torch.library.custom_op("ultramem::bag", mutates_args=())
 def _bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int) -> Tensor:
+    # bf16 tables stay with the reference: ATen rounds their weights to bf16.
+    if block_NK is None and table_RV.dtype == torch.float32 and idx_NK.numel():
+        return _embedding_bag(idx_NK, w_NKC, table_RV)
     return bag_reference(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
 
 

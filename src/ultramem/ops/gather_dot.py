@@ -19,14 +19,14 @@ def gather_dot_reference(
     num_cores: int = 1,
 ) -> Tensor:
     """Plain PyTorch definition of `gather_dot`; every backend must agree with it."""
-    rows_NKCv = gather_rows(table_RV, idx_NK, num_cores)
+    rows_NCKv = gather_rows(table_RV, idx_NK, num_cores)
     num_tokens, width = idx_NK.shape[0], table_RV.shape[1]
-    x_NECv = x_NV.to(rows_NKCv.dtype).reshape(num_tokens, num_blocks, num_cores, width // num_cores)
+    x_NECv = x_NV.to(rows_NCKv.dtype).reshape(num_tokens, num_blocks, num_cores, width // num_cores)
     if block_NK is None:
-        out = torch.einsum("nkcv,ncv->nkc", rows_NKCv, x_NECv[:, 0])
+        out = torch.einsum("nckv,ncv->nkc", rows_NCKv, x_NECv[:, 0])
     else:
-        selector_NKE = block_selector(block_NK, num_blocks, rows_NKCv.dtype)
-        out = torch.einsum("nkcv,necv,nke->nkc", rows_NKCv, x_NECv, selector_NKE)
+        selector_NKE = block_selector(block_NK, num_blocks, rows_NCKv.dtype)
+        out = torch.einsum("nckv,necv,nke->nkc", rows_NCKv, x_NECv, selector_NKE)
     return out.to(x_NV.dtype).contiguous()
 
 

@@ -42,11 +42,19 @@ def with_cores(w: Tensor, idx_NK: Tensor, name: str) -> Tensor:
     return w.unsqueeze(-1) if w.ndim == 2 else w
 
 
+def slice_indices(idx_NK: Tensor, num_cores: int) -> Tensor:
+    """Rows of the table viewed as [R·C, V/C], [N, C, K] int64: slice c of row i is row i·C + c there."""
+    cores = torch.arange(num_cores, device=idx_NK.device)[:, None]
+    return idx_NK.long()[:, None] * num_cores + cores
+
+
 def gather_rows(table_RV: Tensor, idx_NK: Tensor, num_cores: int) -> Tensor:
-    """The selected rows, [N, K, C, V/C], in the accumulation dtype."""
+    """The selected rows, [N, C, K, V/C], in the accumulation dtype: the layout that bmm takes without a copy."""
+    slices = table_RV.reshape(table_RV.shape[0] * num_cores, table_RV.shape[1] // num_cores)
+    idx_NCK = slice_indices(idx_NK, num_cores)
     # index_select, unlike table[idx], refuses negative indices.
-    rows = table_RV.index_select(0, idx_NK.reshape(-1)).to(accumulation_dtype(table_RV))
-    return rows.view(*idx_NK.shape, num_cores, table_RV.shape[1] // num_cores)
+    rows = slices.index_select(0, idx_NCK.reshape(-1)).to(accumulation_dtype(table_RV))
+    return rows.view(*idx_NCK.shape, slices.shape[1])
 
 
 def block_selector(block_NK: Tensor, num_blocks: int, dtype: torch.dtype) -> Tensor:

@@ -71,20 +71,23 @@ def _best_of_quadrants(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
     core_Hrr: Tensor,
-    quadrants: list[tuple[Tensor, Tensor]],
+    row_quadrants: list[Tensor],
+    col_quadrants: list[Tensor],
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
     """Score every pair inside each quadrant and return the row and column keys [N, H, K] of the top_k."""
-    scores, rows, cols = [], [], []
-    for rows_NHm, cols_NHm in quadrants:
-        grid = torch.einsum(
-            "nhir,hrq,nhjq->nhij", take_keys(row_scores_NHSr, rows_NHm), core_Hrr, take_keys(col_scores_NHSr, cols_NHm)
-        )
-        scores.append(grid.flatten(2))
-        rows.append(rows_NHm[..., :, None].expand(grid.shape).flatten(2))
-        cols.append(cols_NHm[..., None, :].expand(grid.shape).flatten(2))
+    scores, row_positions, col_positions, start = [], [], [], 0
+    for rows_NHm, cols_NHm in zip(row_quadrants, col_quadrants, strict=True):
+        row_NHmr, col_NHmr = take_keys(row_scores_NHSr, rows_NHm), take_keys(col_scores_NHSr, cols_NHm)
+        scores.append(torch.einsum("nhir,hrq,nhjq->nhij", row_NHmr, core_Hrr, col_NHmr).flatten(2))
+        pair = torch.arange(rows_NHm.shape[2] ** 2, device=rows_NHm.device)
+        row_positions.append(start + pair // rows_NHm.shape[2])
+        col_positions.append(start + pair % rows_NHm.shape[2])
+        start += rows_NHm.shape[2]
     best = torch.cat(scores, dim=2).topk(top_k, dim=2).indices
-    return torch.cat(rows, dim=2).gather(2, best), torch.cat(cols, dim=2).gather(2, best)
+    rows = torch.cat(row_quadrants, dim=2).gather(2, torch.cat(row_positions)[best])
+    cols = torch.cat(col_quadrants, dim=2).gather(2, torch.cat(col_positions)[best])
+    return rows, cols
 
 
 def _best_of_grid(
@@ -119,12 +122,9 @@ def product_topk_reference(
     else:
         coarse_row = torch.einsum("nhsr,hr->nhs", row_scores_NHSr, row_direction_Hr)
         coarse_col = torch.einsum("nhsr,hr->nhs", col_scores_NHSr, col_direction_Hr)
-        quadrants = zip(
-            coarse_candidates(coarse_row, coarse_top_k, search),
-            coarse_candidates(coarse_col, coarse_top_k, search),
-            strict=True,
-        )
-        rows, cols = _best_of_quadrants(row_scores_NHSr, col_scores_NHSr, core_Hrr, list(quadrants), top_k)
+        row_quadrants = coarse_candidates(coarse_row, coarse_top_k, search)
+        col_quadrants = coarse_candidates(coarse_col, coarse_top_k, search)
+        rows, cols = _best_of_quadrants(row_scores_NHSr, col_scores_NHSr, core_Hrr, row_quadrants, col_quadrants, top_k)
     scores_NHKC = torch.einsum(
         "nhkr,chrq,nhkq->nhkc", take_keys(row_scores_NHSr, rows), cores_CHrr, take_keys(col_scores_NHSr, cols)
     )
