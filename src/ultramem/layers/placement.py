@@ -1,6 +1,7 @@
 """Where memories stand in a decoder: in every block, in chosen blocks, or on spans that reach over several blocks."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 from ultramem.errors import ConfigError
@@ -36,7 +37,7 @@ def parse_placement(placement: Placement, num_blocks: int) -> list[Span]:
         if isinstance(placement, str):
             spans = [Span(*map(int, part.split(":"))) for part in placement.split("/")]
         else:
-            spans = [Span(int(block), int(block)) for block in placement]
+            spans = [Span(index(block), index(block)) for block in placement]
     except (TypeError, ValueError):
         raise ConfigError(f"memory.placement {placement!r} cannot be read. {allowed}") from None
     if not spans:

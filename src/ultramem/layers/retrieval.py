@@ -91,7 +91,7 @@ class TuckerRetrieval(nn.Module):
         self.cores = nn.Parameter(torch.empty(num_cores, num_heads, rank, rank))
         self.register_buffer("row_direction", torch.empty(num_heads, rank, dtype=torch.float32))
         self.register_buffer("col_direction", torch.empty(num_heads, rank, dtype=torch.float32))
-        self._refreshed_version = -1
+        self._refreshed = (0, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TuckerRetrieval":
         before = {name: getattr(self, name) for name in self.fp32_buffers}
@@ -118,7 +118,7 @@ class TuckerRetrieval(nn.Module):
         sign = torch.where(flipped < distance, -1.0, 1.0)[:, None]
         self.row_direction.copy_(sign * row)
         self.col_direction.copy_(sign * col)
-        self._refreshed_version = self.cores._version
+        self._refreshed = self._cores_state()
 
     @torch.no_grad()
     def reset_parameters(self, query_std: float, norm_gain: float | None) -> None:
@@ -137,8 +137,10 @@ class TuckerRetrieval(nn.Module):
             self.col_direction.zero_()
             self.refresh()
         if norm_gain is None and not _is_loaded(self.query_norm):
-            # Scores are of degree two in each gain.
-            norm_gain = float(self.simulate(gains=1.0).mean().clamp_min(1e-12)) ** -0.25
+            # Scores are of degree two in each gain. Where nearly the whole grid is selected their mean is about zero,
+            # or below, and no gain brings it to 1: their spread then bounds the gain.
+            scores = self.simulate(gains=1.0)
+            norm_gain = max(float(scores.mean()), 0.1 * float(scores.std())) ** -0.25
         if norm_gain is not None:
             init.constant_(self.query_norm, norm_gain)
             init.constant_(self.key_norm, norm_gain)
@@ -162,9 +164,13 @@ class TuckerRetrieval(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Retrieved:
         """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
-        if self.training and not torch.compiler.is_compiling() and self.cores._version != self._refreshed_version:
+        if self.training and not torch.compiler.is_compiling() and self._cores_state() != self._refreshed:
             self.refresh()
         return self._retrieve(x_ND, self.query_norm, self.key_norm)
+
+    def _cores_state(self) -> tuple[int, int]:
+        # Versions alone are not enough: those of a copy of this module count from zero and may meet ours.
+        return id(self.cores), self.cores._version
 
     def _retrieve(self, x_ND: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
         query = self.query_proj(x_ND).view(-1, 2, self.num_queries, self.key_dim)
@@ -197,8 +203,13 @@ class TuckerRetrieval(nn.Module):
 
     @without_autocast
     def key_balance(self, retrieved: Retrieved) -> Tensor:
-        """S · Σ_i p_i f_i for each side, added: p the mean softmax of the coarse scores, f the share of selections."""
+        """S · Σ_i p_i f_i for each side, added: p the mean softmax of the coarse scores, f the share of selections.
+
+        Zero for an empty batch.
+        """
         total = retrieved.scores_NHKC.new_zeros(())
+        if retrieved.scores_NHKC.shape[0] == 0:
+            return total
         for scores_NHSr, direction in (
             (retrieved.row_scores_NHSr, self.row_direction),
             (retrieved.col_scores_NHSr, self.col_direction),

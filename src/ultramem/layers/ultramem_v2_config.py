@@ -53,14 +53,14 @@ class UltraMemV2Config:
     rank: int = 2
     key_expansion: int = 1
     projection: Literal["sum", "project"] = "sum"
-    share_ratio: float | None = None
+    share_ratio: float | int | None = None
     query_per_rank: bool = False
     pre_value_activation: Literal["gelu"] | None = None
     search: Search = "two_stage"
-    key_balance_weight: float = 0.0
-    tucker_penalty_weight: float = 0.0
-    tucker_penalty_margin: float = 0.15
-    output_dropout: float = 0.0
+    key_balance_weight: float | int = 0.0
+    tucker_penalty_weight: float | int = 0.0
+    tucker_penalty_margin: float | int = 0.15
+    output_dropout: float | int = 0.0
     init: Literal["paper", "released"] = "paper"
     shuffle_seed: int = 0
 
@@ -70,7 +70,7 @@ class UltraMemV2Config:
             if getattr(self, name) < 1:
                 raise ConfigError(f"memory.{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("pre_value_dim", "key_balance_weight", "tucker_penalty_weight", "tucker_penalty_margin"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"memory.{name} must not be negative; got {getattr(self, name)}.")
         if self.value_dim % self.num_cores:
             raise ConfigError(
@@ -108,7 +108,8 @@ class UltraMemV2Config:
 
     def check_sizes(self, num_memories: int) -> None:
         """Raise ConfigError if the sizes do not fit together with L memories."""
-        if self.share_ratio is not None and self.share_ratio * num_memories < 1:
+        # In floating point 1/49 · 49 is a little less than 1.
+        if self.share_ratio is not None and self.share_ratio * num_memories < 1 - 1e-9:
             raise ConfigError(
                 f"memory.share_ratio {self.share_ratio} gives a layer less than its own share of the pool; with "
                 f"{num_memories} memories it must be at least {1 / num_memories:.4g}."

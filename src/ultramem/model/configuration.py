@@ -6,10 +6,21 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, Span, UltraMemV2Config, parse_placement
+
+_POSITIVE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 
 
 def make_memory_config(settings: dict[str, Any]) -> UltraMemV2Config:
@@ -85,10 +96,20 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Fill in defaults and check that sizes fit. Raises ConfigError naming the field."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name in _POSITIVE_SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ConfigError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ConfigError(
+                f"hidden_size / num_attention_heads must be even, for the rotary embedding turns pairs; got "
+                f"{self.hidden_size} / {self.num_attention_heads}."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
