@@ -15,6 +15,12 @@ def _seeded():
 
 
 @pytest.fixture
+def fresh_compiler():
+    """Forget compiled functions: a few recompilations of one function are the compiler's limit."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fill what `torch.empty` returns with NaN (integers: the largest), so that a forgotten element shows."""
     torch.use_deterministic_algorithms(True)

@@ -161,7 +161,7 @@ def test_no_result_is_left_unwritten(search, poisoned_memory):
 
 
 @pytest.mark.parametrize("search", ["two_stage", "signed", "exact"])
-def test_compiles_without_a_graph_break(search):
+def test_compiles_without_a_graph_break(search, fresh_compiler):
     operands = [tensor.requires_grad_() for tensor in make_scores(dtype=torch.float32)]
 
     def loss(*values):

@@ -213,7 +213,7 @@ def test_a_block_outside_the_expansion_is_refused(name, wrong):
 
 @pytest.mark.parametrize("sizes", [SIZES[1], (3, 4, 5, 4, 2, 4)])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiles_without_a_graph_break(name, sizes):
+def test_compiles_without_a_graph_break(name, sizes, fresh_compiler):
     operands = make_operands(sizes, torch.float32)
     inputs = differentiable(name, operands)
     compiled = torch.compile(as_function(name, operands), fullgraph=True, backend="aot_eager")

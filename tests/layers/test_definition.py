@@ -1,0 +1,103 @@
+"""UltraMemV2 against its definition written out in loops, for every variant of its settings."""
+
+import pytest
+import torch
+
+from naive_memories import naive_layer
+from tiny_memories import HIDDEN_SIZE, VARIANTS, memory_layer, tokens
+from tolerances import assert_close
+from ultramem.layers import MemoryPool
+
+
+@pytest.mark.parametrize("memory_index", [0, 2])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_output_and_slots_are_those_of_the_definition(changes, memory_index):
+    layer, pool = memory_layer(memory_index=memory_index, **changes)
+    layer.eval()
+    x = tokens(3)
+    with torch.no_grad():
+        expected, slots = naive_layer(layer, pool, x)
+        result = layer(x, pool, return_statistics=True)
+    assert_close(result.output, expected)
+    assert [sorted(row) for row in result.statistics["slots_NK"].tolist()] == [sorted(row) for row in slots]
+
+
+def test_statistics_describe_the_lookup():
+    layer, pool = memory_layer(num_heads=2, key_expansion=2)
+    layer.eval()
+    x = tokens(2, 3)
+    output, losses, statistics = layer(x, pool, return_statistics=True)
+    assert losses == {}
+    assert set(statistics) == {"slots_NK", "scores_NK", "output_std", "singular_values"}
+    retrieved = layer.retrieval(x.view(6, -1))
+    virtual = layer.permutation[retrieved.slots_NHK.flatten(1)].long()
+    assert torch.equal(statistics["slots_NK"], virtual)
+    assert statistics["slots_NK"].dtype == torch.int64
+    assert statistics["slots_NK"].max() < layer.num_slots == 4 * layer.window.size
+    assert_close(statistics["scores_NK"], retrieved.scores_NHKC.mean(-1).flatten(1))
+    assert statistics["output_std"].item() == pytest.approx(output.std().item(), rel=1e-5)
+    expected = torch.linalg.svdvals(layer.retrieval.cores.float().sum(0))
+    assert torch.equal(statistics["singular_values"], expected)
+    assert not any(statistic.requires_grad for statistic in statistics.values())
+
+
+def test_dropout_acts_in_training_only():
+    layer, pool = memory_layer(output_dropout=0.5)
+    plain, _ = memory_layer()
+    x = tokens(200)
+    expected = plain(x, pool).output
+    assert torch.equal(layer.eval()(x, pool).output, expected)
+    output = layer.train()(x, pool).output
+    dropped = output == 0
+    assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert_close(output[~dropped], 2 * expected[~dropped])
+
+
+def test_the_permutation_is_a_seeded_bijection_of_its_own():
+    layers = [memory_layer(seed=seed, memory_index=index)[0] for seed, index in ((0, 0), (5, 0), (0, 1))]
+    first, other_ambient_seed, other_memory = (layer.permutation for layer in layers)
+    assert first.sort().values.tolist() == list(range(layers[0].num_slots))
+    assert torch.equal(first, other_ambient_seed)
+    assert not torch.equal(first, other_memory)
+    assert not torch.equal(first, memory_layer(memory_index=0, shuffle_seed=1)[0].permutation)
+
+
+def test_the_permutation_is_the_same_on_every_process():
+    """Literal values: another process, machine or day must draw these."""
+    layer, _ = memory_layer(memory_index=1, shuffle_seed=4)
+    assert layer.permutation.dtype == torch.int32
+    assert layer.permutation[:8].tolist() == [4, 25, 19, 22, 20, 26, 29, 7]
+
+
+def test_the_first_memorys_default_permutation_is_no_identity():
+    layer, _ = memory_layer(memory_index=0)
+    assert layer.permutation.tolist() != list(range(layer.num_slots))
+
+
+def test_layers_read_rows_through_their_own_windows():
+    """Zero every row but those of one memory's private share: only that memory answers."""
+    x = tokens(4)
+    for zeroed_except in range(3):
+        for index in range(3):
+            layer, pool = memory_layer(memory_index=index)
+            with torch.no_grad():
+                own = torch.arange(pool.num_rows) // 36 == zeroed_except
+                pool.values[~own] = 0
+            assert bool(layer.eval()(x, pool).output.any()) == (index == zeroed_except)
+
+
+def test_a_pool_of_the_layers_settings_holds_its_rows():
+    layer, pool = memory_layer()
+    assert (pool.values.shape, pool.pre_values.shape) == ((108, 12), (108, 10))
+    assert pool.num_rows == layer.window.num_rows
+    assert isinstance(pool, MemoryPool)
+    without, bare = memory_layer(pre_value_dim=0)
+    assert without.pre_proj is None
+    assert bare.pre_values is None
+
+
+def test_printing_names_the_sizes():
+    layer, _ = memory_layer()
+    assert "window=36+36 of 108 rows, slots=36" in repr(layer)
+    assert "keys=6, key_dim=8, rank=2, top_k=4, search=two_stage" in repr(layer)
+    assert layer.hidden_size == HIDDEN_SIZE
