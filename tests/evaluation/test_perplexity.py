@@ -37,7 +37,8 @@ def reference_losses(model, tokens, length):
 @pytest.mark.parametrize(
     ("num_tokens", "length", "batch_size"), [(2, 8, 4), (9, 8, 4), (100, 8, 3), (65, 16, 2), (33, 1, 5)]
 )
-def test_every_token_but_the_first_is_predicted_once(model, tmp_path, num_tokens, length, batch_size):
+def test_every_token_but_the_first_is_predicted_once(make_model, tmp_path, num_tokens, length, batch_size):
+    model = make_model(VOCAB_SIZE)
     tokens = write_tokens(tmp_path / "a.npy", num_tokens)
     result = evaluate_perplexity(model, [tmp_path / "a.npy"], sequence_length_tokens=length, batch_size=batch_size)
     expected = reference_losses(model, tokens, length)

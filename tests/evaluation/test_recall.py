@@ -7,7 +7,8 @@ from transformers import LlamaForCausalLM
 from tiny_models import TEXT, tiny_llama, tiny_tokenizer
 from ultramem.data.facts import Fact
 from ultramem.errors import DataError
-from ultramem.evaluation.recall import _AnswerScorer, _maximal_prefixes, evaluate_recall
+from ultramem.evaluation import recall
+from ultramem.evaluation.recall import _AnswerScorer, evaluate_recall
 
 CAPITALS = {
     "Norway": "Oslo",
@@ -43,24 +44,26 @@ def direct_log_likelihood(model, tokenizer, prompt, answer):
     return sum(log_p[len(prompt_ids) + step - 1, token].item() for step, token in enumerate(answer_ids))
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 1024])
-def test_cached_scores_equal_the_full_forward(model, tokenizer, max_rows):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("max_tokens", "max_tree_tokens"), [(1, 512), (60, 4), (4096, 512)])
+def test_scores_of_trees_equal_the_full_forward(
+    make_model, tokenizer, monkeypatch, attention, max_tokens, max_tree_tokens
+):
+    monkeypatch.setattr(recall, "_MAX_TREE_TOKENS", max_tree_tokens)
+    model = make_model(len(tokenizer))
+    model.set_attn_implementation(attention)
     answers = ["Oslo", "Os", "Oslofjord", "Oslo of the north", "Lima", "o", "Stockholm", "vicuña", "日本"]
     prompts = ["The seat of Norway is", "The seat of Peru is", "The", "The seat of Swedn is"]
-    scores = _AnswerScorer(model, tokenizer, answers, max_rows).log_likelihoods(prompts)
+    scores = _AnswerScorer(model, tokenizer, answers, max_tokens).log_likelihoods(prompts)
     expected = [[direct_log_likelihood(model, tokenizer, prompt, answer) for answer in answers] for prompt in prompts]
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-3, rtol=1e-5)
 
 
-def test_answers_of_one_token_need_no_second_pass(model, tokenizer):
-    answers = [" ", "\n"]  # a blank before each: still only a few tokens, and one of them a single token
-    scores = _AnswerScorer(model, tokenizer, answers[:1], 8).log_likelihoods(["The"])
-    assert scores.item() == pytest.approx(direct_log_likelihood(model, tokenizer, "The", answers[0]), abs=1e-4)
-
-
-def test_maximal_prefixes():
-    assert _maximal_prefixes({(1,), (1, 2), (1, 2, 3), (2,), (1, 3)}) == [(1, 2, 3), (1, 3), (2,)]
-    assert _maximal_prefixes(set()) == []
+def test_answers_of_one_token_need_no_tree(model, tokenizer):
+    answer = TEXT[0].split()[0]
+    assert len(tokenizer(" of")["input_ids"]) == 1
+    scores = _AnswerScorer(model, tokenizer, ["of"], 8).log_likelihoods([answer])
+    assert scores.item() == pytest.approx(direct_log_likelihood(model, tokenizer, answer, "of"), abs=1e-4)
 
 
 def test_ranks_follow_the_definition(model, tokenizer):

@@ -3,8 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tiny_models import tiny_llama, tiny_tokenizer
-from ultramem import UltraMemConfig, UltraMemForCausalLM
+from tiny_models import tiny_llama, tiny_tokenizer, tiny_ultramem
 from ultramem.errors import ConfigError
 from ultramem.inference.generate import generate_stream
 
@@ -14,29 +13,9 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def tiny_ultramem(vocab_size):
-    torch.manual_seed(0)
-    memory = {"num_keys": 12, "key_dim": 8, "value_dim": 8, "pre_value_dim": 8, "top_k": 4}
-    config = UltraMemConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-        memory=memory,
-    )
-    model = UltraMemForCausalLM(config).eval()
-    # At its own scale the untrained model is so near uniform that a change of the sampling would not show.
-    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
-    return model
-
-
-@pytest.fixture(scope="module", params=["llama", "ultramem"])
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_ultramem])
 def model(request, tokenizer):
-    return tiny_llama(len(tokenizer)) if request.param == "llama" else tiny_ultramem(len(tokenizer))
+    return request.param(len(tokenizer))
 
 
 def text_of(model, tokenizer, prompt="The capital", **options):

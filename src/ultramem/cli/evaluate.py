@@ -34,7 +34,7 @@ def evaluate(
         bool | None,
         typer.Option("--recall/--no-recall", help="Country facts; default: if the data holds the Factbook."),
     ] = None,
-    max_facts: Annotated[int | None, typer.Option(help="Ask a random sample of so many facts.")] = 800,
+    max_facts: Annotated[int, typer.Option(help="Ask a random sample of so many facts.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: an accelerator if present.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here as well.")] = None,
@@ -102,13 +102,13 @@ def _measure_loss(
 
 
 def _measure_recall(
-    model: PreTrainedModel, folder: Path, max_facts: int | None, seed: int, progress: Progress
+    model: PreTrainedModel, folder: Path, max_facts: int, seed: int, progress: Progress
 ) -> RecallReport:
     from ultramem.data.facts import PHRASINGS, load_facts
     from ultramem.evaluation.recall import evaluate_recall
 
     facts = load_facts()
-    task = progress.add_task("recall", total=min(len(facts), max_facts or len(facts)))
+    task = progress.add_task("recall", total=min(len(facts), max_facts))
     return evaluate_recall(
         model,
         load_tokenizer(folder),

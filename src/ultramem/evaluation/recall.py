@@ -14,13 +14,11 @@ the length trades that bias for another. The difference cancels it: a model that
 prompt, too, a model may be sure of one answer, which then ranks last where it is right.)
 """
 
-import copy
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultramem.data.facts import Fact, candidates
 from ultramem.errors import DataError
 
-_MIN_PRIOR_FACTS = 32
+_MIN_PRIOR_FACTS = 16
+_MAX_TREE_TOKENS = 512  # attention's cost grows with the square of it, the prompt's share falls with it
 _TIE_NATS = 1e-4  # scores come from fp32 logits, whose rounding depends on how prompts were batched
 
 
@@ -87,7 +86,7 @@ def evaluate_recall(
     *,
     max_facts: int | None = None,
     seed: int = 0,
-    max_rows: int = 1024,
+    max_tokens: int = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> RecallReport:
     """Rank the right answers of facts.
@@ -96,14 +95,15 @@ def evaluate_recall(
     model, and so does a score that is not a number: an answer ranks behind every candidate that is not clearly below.
 
     Args:
-        model: any causal language model of `transformers` with a key-value cache; its mode is left as it was.
+        model: any causal language model of `transformers` that takes a four-dimensional attention mask; its mode is
+            left as it was.
         tokenizer: the model's own.
         facts: all facts; their answers are the candidates, also where only a sample is asked.
         phrasings: relation → prompts with `{subject}`, ending right before the blank and the answer.
         max_facts: ask only a random sample of this size; None for all. The mean over subjects is then taken over those
-            asked, and over as many more as make 32.
+            asked, and over as many more as make 16.
         seed: of the sample.
-        max_rows: sequences per forward pass.
+        max_tokens: tokens per forward pass, which bounds its memory.
         progress: called with the number of facts that were asked since the last call.
 
     Returns:
@@ -136,7 +136,7 @@ def evaluate_recall(
             of_relation = [fact for fact in shuffled if fact.relation == relation]
             # The facts that are asked lead the shuffled list; what follows them only sharpens the mean over subjects.
             num_asked = sum(fact in asked for fact in of_relation)
-            scorer = _AnswerScorer(model, tokenizer, answers_of[relation], max_rows)
+            scorer = _AnswerScorer(model, tokenizer, answers_of[relation], max_tokens)
             scores_PFA = torch.stack(
                 [
                     _score_phrasing(scorer, phrasing, of_relation[: max(num_asked, _MIN_PRIOR_FACTS)])
@@ -212,32 +212,30 @@ def _summarise(facts: Sequence[_Ranks]) -> Recall:
 class _AnswerScorer:
     """Log-likelihoods of a fixed set of answers after any prompts.
 
-    A prompt runs once; its key-value cache is then expanded over the answers. What is fed after it is each answer
-    without its last token, and only those that are no beginning of another: many answers share them.
+    The answers are laid out as trees of their tokens: a prompt and one whole tree make one sequence, in which a token
+    sees the prompt and its own beginning only. Each prompt and each shared beginning is so computed once, without
+    padding.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], max_rows: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str], max_tokens: int
     ) -> None:
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        answer_ids = [tokenizer(" " + answer, add_special_tokens=False)["input_ids"] for answer in answers]
-        self.first_A = torch.tensor([ids[0] for ids in answer_ids])
-        feeds = _maximal_prefixes({tuple(ids[:-1]) for ids in answer_ids if len(ids) > 1})
-        length = max(map(len, feeds), default=0)
-        # Padding on the right is never looked back at, and its outputs are never read.
-        self.feeds_QT = torch.tensor([[*feed, *[0] * (length - len(feed))] for feed in feeds], dtype=torch.long)
-        later = [
-            (
-                answer,
-                next(row for row, feed in enumerate(feeds) if feed[: len(ids) - 1] == tuple(ids[:-1])),
-                step - 1,
-                ids[step],
-            )
-            for answer, ids in enumerate(answer_ids)
-            for step in range(1, len(ids))
-        ]
-        # One column per token after an answer's first: its answer, its row and position in the feeds, its id.
-        self.later_4J = torch.tensor(later, dtype=torch.long).reshape(-1, 4).T
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.num_answers = len(answers)
+        ids = {
+            answer: tuple(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+            for answer, text in enumerate(answers)
+        }
+        # Sorted by their tokens, answers that share a beginning fall into the same tree.
+        ordered = sorted(ids, key=ids.__getitem__)
+        self.trees: list[_AnswerTree] = []
+        start, num_nodes = 0, 0
+        for index, answer in enumerate(ordered):
+            if num_nodes and num_nodes + len(ids[answer]) > _MAX_TREE_TOKENS:
+                self.trees.append(_AnswerTree({one: ids[one] for one in ordered[start:index]}))
+                start, num_nodes = index, 0
+            num_nodes += len(ids[answer]) - 1
+        self.trees.append(_AnswerTree({one: ids[one] for one in ordered[start:]}))
 
     def log_likelihoods(self, prompts: Sequence[str]) -> torch.Tensor:
         """Log p(answer | prompt), summed over the answer's tokens: [prompts, answers], fp64, on the CPU."""
@@ -245,39 +243,56 @@ class _AnswerScorer:
         prompt_ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         for index, ids in enumerate(prompt_ids):
             by_length[len(ids)].append(index)
-        batch_size = max(1, self.max_rows // max(1, len(self.feeds_QT)))
-        result_PA = torch.empty(len(prompts), len(self.first_A), dtype=torch.float64)
-        for indices in by_length.values():
-            for start in range(0, len(indices), batch_size):
-                batch = indices[start : start + batch_size]
-                result_PA[batch] = self._score_batch(torch.tensor([prompt_ids[index] for index in batch]))
+        result_PA = torch.zeros(len(prompts), self.num_answers, dtype=torch.float64)
+        for length_tokens, indices in by_length.items():
+            for tree in self.trees:
+                batch_size = max(1, self.max_tokens // (length_tokens + len(tree.ids_Q)))
+                for start in range(0, len(indices), batch_size):
+                    batch = indices[start : start + batch_size]
+                    log_p_BJ = self._token_log_likelihoods(torch.tensor([prompt_ids[one] for one in batch]), tree)
+                    result_PA[batch] = result_PA[batch].index_add(1, tree.answer_J, log_p_BJ)
         return result_PA
 
     @torch.inference_mode()
-    def _score_batch(self, prompt_ids_BT: torch.Tensor) -> torch.Tensor:
-        """[B, answers] for prompts of one length."""
-        device, num_prompts = self.model.device, len(prompt_ids_BT)
-        output = self.model(input_ids=prompt_ids_BT.to(device), use_cache=True, logits_to_keep=1)
-        logits_BW = output.logits[:, -1].float().cpu()
-        result_BA = (logits_BW[:, self.first_A] - logits_BW.logsumexp(-1, keepdim=True)).double()
-        answer_J, row_J, position_J, id_J = self.later_4J
-        for first_row in range(0, len(self.feeds_QT), self.max_rows):
-            feeds_QT = self.feeds_QT[first_row : first_row + self.max_rows]
-            cache = copy.deepcopy(output.past_key_values)
-            cache.batch_repeat_interleave(len(feeds_QT))
-            logits_RTW = self.model(
-                input_ids=feeds_QT.repeat(num_prompts, 1).to(device), past_key_values=cache, use_cache=True
-            ).logits.float()
-            logits_BQTW = logits_RTW.view(num_prompts, len(feeds_QT), -1, logits_RTW.shape[-1])
-            here_J = (row_J >= first_row) & (row_J < first_row + len(feeds_QT))
-            row, position = row_J[here_J] - first_row, position_J[here_J]
-            picked_BJ = logits_BQTW[:, row, position, id_J[here_J]] - logits_BQTW.logsumexp(-1)[:, row, position]
-            result_BA.index_add_(1, answer_J[here_J], picked_BJ.double().cpu())
-        return result_BA
+    def _token_log_likelihoods(self, prompt_ids_BT: torch.Tensor, tree: "_AnswerTree") -> torch.Tensor:
+        """[B, J]: log p of every token of every answer of the tree, after prompts of one length; fp64."""
+        num_prompts, length = prompt_ids_BT.shape
+        num_nodes = len(tree.ids_Q)
+        sees = torch.ones(length + num_nodes, length + num_nodes, dtype=torch.bool).tril()
+        sees[length:, length:] = tree.sees_QQ
+        mask = torch.zeros(sees.shape, dtype=self.model.dtype).masked_fill(~sees, torch.finfo(self.model.dtype).min)
+        positions = torch.cat([torch.arange(length), length - 1 + tree.depth_Q])
+        device = self.model.device
+        logits_BQW = self.model(
+            input_ids=torch.cat([prompt_ids_BT, tree.ids_Q.expand(num_prompts, -1)], dim=1).to(device),
+            attention_mask=mask.expand(num_prompts, 1, -1, -1).to(device),
+            position_ids=positions.expand(num_prompts, -1).to(device),
+            use_cache=False,
+            logits_to_keep=num_nodes + 1,
+        ).logits.float()
+        row_J, id_J = tree.row_J.to(device), tree.id_J.to(device)
+        return (logits_BQW[:, row_J, id_J] - logits_BQW.logsumexp(-1)[:, row_J]).double().cpu()
 
 
-def _maximal_prefixes(sequences: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The sequences that are no beginning of another one, sorted."""
-    ordered = sorted(sequences)
-    # In sorted order, whatever begins with a sequence follows it at once.
-    return [one for one, after in zip_longest(ordered, ordered[1:], fillvalue=()) if after[: len(one)] != one]
+class _AnswerTree:
+    """The tokens of some answers, shared beginnings merged; an answer's last token is read off and never fed.
+
+    Attributes:
+        ids_Q, depth_Q: token and depth (from 1) of each node.
+        sees_QQ: whether a node (first axis) sees another: itself and what leads to it.
+        answer_J, row_J, id_J: for every token of every answer, the answer, the output that predicts it (0 stands for
+            the prompt's end, 1 + node for a node), and the token.
+    """
+
+    def __init__(self, ids_of_answer: Mapping[int, tuple[int, ...]]) -> None:
+        nodes = sorted({ids[:end] for ids in ids_of_answer.values() for end in range(1, len(ids))})
+        row_of = {(): 0, **{node: 1 + index for index, node in enumerate(nodes)}}
+        self.ids_Q = torch.tensor([node[-1] for node in nodes], dtype=torch.long)
+        self.depth_Q = torch.tensor([len(node) for node in nodes], dtype=torch.long)
+        self.sees_QQ = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        for index, node in enumerate(nodes):
+            self.sees_QQ[index, [row_of[node[:end]] - 1 for end in range(1, len(node) + 1)]] = True
+        tokens = [
+            (answer, row_of[ids[:step]], ids[step]) for answer, ids in ids_of_answer.items() for step in range(len(ids))
+        ]
+        self.answer_J, self.row_J, self.id_J = torch.tensor(tokens, dtype=torch.long).T
