@@ -97,7 +97,7 @@ def evaluate_perplexity(
     try:
         start_s = time.perf_counter()
         loss_sum, num_tokens = 0.0, 0
-        for input_ids_BT, labels_BT in _iterate_batches(
+        for input_ids_BT, labels_BT in iterate_windows(
             token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens
         ):
             loss_sum += _sum_of_losses(model, input_ids_BT, labels_BT, dtype)
@@ -115,14 +115,21 @@ def evaluate_perplexity(
     return PerplexityResult(loss, num_tokens, bits_per_byte, duration_s)
 
 
-def _iterate_batches(
+def iterate_windows(
     token_files: Sequence[str | Path],
     token_dtype: str,
     sequence_length_tokens: int,
     batch_size: int,
     max_tokens: int | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (inputs, labels), both [B, T] int64; a shorter window comes in a batch of its own."""
+    """Cut token files into windows; arguments as for `evaluate_perplexity`.
+
+    Yields:
+        (inputs, labels), both [B, T] int64; a shorter window at a file's end comes in a batch of its own.
+
+    Raises:
+        DataError: a file cannot be read or does not hold whole tokens.
+    """
     remaining_tokens = math.inf if max_tokens is None else max_tokens
     for file in token_files:
         tokens = _open_tokens(Path(file), token_dtype)
