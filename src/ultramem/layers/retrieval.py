@@ -132,9 +132,11 @@ class TuckerRetrieval(nn.Module):
         init.normal_(self.query_proj.weight, std=query_std)
         init.normal_(self.keys, std=self.key_dim**-0.5)
         init.uniform_(self.cores)
-        if not _is_loaded(self.row_direction):
-            self.row_direction.zero_()
-            self.col_direction.zero_()
+        missing = [direction for direction in (self.row_direction, self.col_direction) if not _is_loaded(direction)]
+        for direction in missing:
+            direction.zero_()
+        if missing:
+            # A loaded half decides the sign, and comes out as it was.
             self.refresh()
         if norm_gain is None and not _is_loaded(self.query_norm):
             # Scores are of degree two in each gain. Where nearly the whole grid is selected their mean is about zero,

@@ -1,6 +1,7 @@
 """The decoder: OLMoE's attention, norms and rotary embedding, a SwiGLU FFN, and memories beside it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeMLP, O
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool, UltraMemV2, table_std
 from ultramem.layers.table import TableGradients
 from ultramem.model.configuration import UltraMemConfig
@@ -134,6 +136,22 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(OlmoeAttention, index=1),
     }
 
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers, but refuses reentrant checkpointing.
+
+        Raises:
+            ConfigError: ``use_reentrant=True``; it would silently lose the gradients of spans and auxiliary losses,
+                which leave a block beside its hidden states.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                "gradient checkpointing with use_reentrant=True loses gradients of the memories; "
+                "leave it out or set it to False."
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """False: transformers then calls ``_init_weights`` for every module.
@@ -187,6 +205,17 @@ class UltraMemModel(UltraMemPreTrainedModel):
         """The memory layers, in the order of their spans."""
         blocks = cast(list[UltraMemDecoderLayer], list(self.layers))
         return [cast(UltraMemV2, memory) for block in blocks for memory in block.memories]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UltraMemModel":
+        # transformers loads the rotary frequencies in fp32 whatever the dtype; a cast must not make them bf16, in which
+        # the angle at position 1,000 is off by whole radians.
+        before = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = getattr(self.rotary_emb, name)
+            if after.dtype != buffer.dtype:
+                setattr(self.rotary_emb, name, buffer.to(device=after.device))
+        return self
 
     def refresh_retrieval(self) -> None:
         """Recompute every memory's coarse directions from its cores; call after each optimizer step."""
