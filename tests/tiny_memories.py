@@ -1,8 +1,9 @@
-"""Tiny memory layers and the variants of their settings that the tests run over."""
+"""Tiny memory layers and decoders with memories, and the variants of their settings that the tests run over."""
 
 import torch
 
-from ultramem.layers import MEMORY_TYPES, UltraMemV2Config
+from ultramem import UltraMemConfig, UltraMemForCausalLM, UltraMemV2Config
+from ultramem.layers import MEMORY_TYPES
 
 HIDDEN_SIZE, NUM_MEMORIES, MEMORY_INDEX = 14, 3, 1
 
@@ -50,3 +51,45 @@ def memory_layer(config=None, dtype=torch.float64, std=0.5, seed=0, memory_index
 def tokens(*shape, dtype=torch.float64, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, HIDDEN_SIZE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def decoder_config(**settings):
+    """A decoder of three blocks; ``memory`` changes single settings of its memories, None leaves them out."""
+    memory = settings.pop("memory", {})
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    return UltraMemConfig(**{**sizes, **settings}, memory=None if memory is None else {**SMALL, **memory})
+
+
+def decoder(dtype=torch.float64, seed=0, **settings):
+    """A decoder in evaluation mode whose tokens differ enough for logits far from uniform."""
+    torch.manual_seed(seed)
+    model = UltraMemForCausalLM(decoder_config(**settings)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(10)
+    return model.to(dtype)
+
+
+def token_ids(*shape, seed=1):
+    """Ids without those of end and padding."""
+    return torch.randint(2, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Decoders that differ in where memories stand and what they return.
+DECODERS = {
+    "every": {},
+    "dense": {"memory": None},
+    "blocks": {"memory": {"placement": [0, 2], "num_heads": 2}},
+    "spans": {"memory": {"placement": "0:2/0:1/1:2/2:2"}},
+    "losses": {"memory": {"key_balance_weight": 0.1, "tucker_penalty_weight": 0.2, "tucker_penalty_margin": 0.0}},
+    "untied": {"tie_word_embeddings": False, "memory": {"share_ratio": 0.7, "key_expansion": 2}},
+}
