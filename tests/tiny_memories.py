@@ -9,6 +9,9 @@ HIDDEN_SIZE, NUM_MEMORIES, MEMORY_INDEX = 14, 3, 1
 
 SMALL = {"num_keys": 6, "key_dim": 8, "value_dim": 12, "pre_value_dim": 10, "top_k": 4}
 
+# What `decoder` multiplies output projections by.
+OUTPUT_SCALE = 20
+
 # What each variant changes about `SMALL`.
 VARIANTS = {
     "default": {},
@@ -71,11 +74,17 @@ def decoder_config(**settings):
 
 
 def decoder(dtype=torch.float64, seed=0, **settings):
-    """A decoder in evaluation mode whose tokens differ enough for logits far from uniform."""
+    """A decoder in evaluation mode whose blocks outweigh its embedding: what it says depends on the whole context."""
     torch.manual_seed(seed)
     model = UltraMemForCausalLM(decoder_config(**settings)).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(10)
+        for block in model.model.layers:
+            for linear in (
+                block.self_attn.o_proj,
+                block.mlp.down_proj,
+                *(memory.out_proj for memory in block.memories),
+            ):
+                linear.weight.mul_(OUTPUT_SCALE)
     return model.to(dtype)
 
 
