@@ -150,6 +150,8 @@ def test_a_sample_is_seeded_and_keeps_all_candidates(model, tokenizer):
         return evaluate_recall(model, tokenizer, FACTS[:6], PHRASINGS, max_facts=3, seed=seed)
 
     assert sample(1) == sample(1)
+    one = evaluate_recall(model, tokenizer, FACTS, PHRASINGS, max_facts=1).total
+    assert (one.num_facts, one.accuracy_at_1_error) == (1, None)
     assert len({sample(seed).total.mean_reciprocal_rank for seed in range(8)}) > 1
     assert sample(1).total.num_facts == 3
     assert sample(1).total.num_candidates == 6

@@ -121,6 +121,7 @@ def _measure_recall(
 
 
 def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallReport | None) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -139,9 +140,10 @@ def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallRepo
     console.print(table)
     if report is None:
         return
-    table = Table(title="factual recall (± standard error; chance in brackets)")
-    for heading in ("relation", "facts", "answers", "right, %", "in first 10, %", "mean reciprocal rank"):
-        table.add_column(heading, justify="left" if heading == "relation" else "right")
+    headings = ("relation", "facts", "answers", "first, %", "in first 10, %", "1 / rank, × 100")
+    table = Table(title="factual recall: mean ± standard error (chance)", box=SIMPLE, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "relation" else "right", no_wrap=True)
     for name, one in [*report.relations.items(), ("all", report.total)]:
         if name == "all":
             table.add_section()
@@ -149,8 +151,13 @@ def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallRepo
             name,
             str(one.num_facts),
             f"{one.num_candidates:.0f}",
-            f"{one.accuracy_at_1:.1%} ± {one.accuracy_at_1_error:.1%} ({one.chance_at_1:.1%})".replace("%", ""),
-            f"{one.accuracy_at_10:.1%} ± {one.accuracy_at_10_error:.1%} ({one.chance_at_10:.1%})".replace("%", ""),
-            f"{one.mean_reciprocal_rank:.3f} ± {one.mean_reciprocal_rank_error:.3f} ({one.chance_reciprocal_rank:.3f})",
+            _percent(one.accuracy_at_1, one.accuracy_at_1_error, one.chance_at_1),
+            _percent(one.accuracy_at_10, one.accuracy_at_10_error, one.chance_at_10),
+            _percent(one.mean_reciprocal_rank, one.mean_reciprocal_rank_error, one.chance_reciprocal_rank),
         )
     console.print(table)
+
+
+def _percent(mean: float, error: float | None, chance: float) -> str:
+    """``12.3±1.4 (0.5)``; a single fact has no error."""
+    return f"{100 * mean:.1f}" + ("" if error is None else f"±{100 * error:.1f}") + f" ({100 * chance:.1f})"

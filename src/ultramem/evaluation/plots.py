@@ -127,7 +127,7 @@ def plot_recall(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.barh(
             [place + (number - (len(reports) - 1) / 2) * thickness for place in places],
             [one["mean_reciprocal_rank"] for one in found],
-            xerr=[one["mean_reciprocal_rank_error"] for one in found],
+            xerr=[one["mean_reciprocal_rank_error"] or 0.0 for one in found],
             height=thickness,
             color=f"C{number}",
             error_kw={"linewidth": 0.8},

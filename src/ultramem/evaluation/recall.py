@@ -41,7 +41,8 @@ class Recall:
         num_candidates: mean number of answers that a right one is ranked among, itself included.
         accuracy_at_1, accuracy_at_10: share of facts whose right answer ranks first, or within the first ten.
         mean_reciprocal_rank: mean of 1 / rank.
-        accuracy_at_1_error, accuracy_at_10_error, mean_reciprocal_rank_error: standard errors over facts.
+        accuracy_at_1_error, accuracy_at_10_error, mean_reciprocal_rank_error: standard errors over facts; None of a
+            single fact.
         chance_at_1, chance_at_10, chance_reciprocal_rank: expectation under random ranks.
     """
 
@@ -50,9 +51,9 @@ class Recall:
     accuracy_at_1: float
     accuracy_at_10: float
     mean_reciprocal_rank: float
-    accuracy_at_1_error: float
-    accuracy_at_10_error: float
-    mean_reciprocal_rank_error: float
+    accuracy_at_1_error: float | None
+    accuracy_at_10_error: float | None
+    mean_reciprocal_rank_error: float | None
     chance_at_1: float
     chance_at_10: float
     chance_reciprocal_rank: float
@@ -173,11 +174,11 @@ def _rank(scores_PA: torch.Tensor, answers: Sequence[str], fact: Fact, right_ans
 
 
 def _summarise(facts: Sequence[_Ranks]) -> Recall:
-    def mean_and_error(value_of_rank: Callable[[int], float]) -> tuple[float, float]:
+    def mean_and_error(value_of_rank: Callable[[int], float]) -> tuple[float, float | None]:
         values_F = torch.tensor(
             [sum(map(value_of_rank, fact.ranks)) / len(fact.ranks) for fact in facts], dtype=torch.float64
         )
-        error = float(values_F.std() / len(facts) ** 0.5) if len(facts) > 1 else float("nan")
+        error = float(values_F.std() / len(facts) ** 0.5) if len(facts) > 1 else None
         return float(values_F.mean()), error
 
     def expectation(value_of_rank: Callable[[int], float]) -> float:
