@@ -86,14 +86,23 @@ def test_finished_run_started_again_changes_nothing(config_path):
     assert {path: path.read_bytes() for path in run_folder.rglob("*.safetensors")} == before
 
 
-def _wait_until_writing(run_folder: Path, process, deadline_s: float) -> None:
-    """Returns while a training state is being written: its folder is there, what makes it complete is not."""
-    while process.is_alive() and time.monotonic() < deadline_s:
-        for path in run_folder.glob("step*"):
-            if path.name.endswith("-tmp") or (
-                path.name[4:].isdigit() and path.is_dir() and not (path / ".metadata.json").exists()
-            ):
-                return
+def _is_writing(run_folder: Path) -> bool:
+    """Whether a training state is being written: its folder is there, what makes it complete is not."""
+    return any(
+        path.name.endswith("-tmp") or not (path / ".metadata.json").exists()
+        for path in run_folder.glob("step*")
+        if "-hf" not in path.name
+    )
+
+
+def _wait_for_the_moment(run_folder: Path, process, delay_s: float, while_writing: bool) -> None:
+    """Waits ``delay_s``, but no longer than 30 steps, and then, if asked, for a state that is being written."""
+    start, end_s = max(complete_steps(run_folder), default=0), time.monotonic() + delay_s
+    while time.monotonic() < end_s and max(complete_steps(run_folder), default=0) < start + 30:
+        time.sleep(0.01)
+    end_s = time.monotonic() + 10
+    while while_writing and time.monotonic() < end_s and process.is_alive() and not _is_writing(run_folder):
+        pass
 
 
 @pytest.mark.slow
@@ -115,10 +124,7 @@ def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_a
     newest, num_half_written = 0, 0
     for attempt in range(10):
         process = start_training(config_path)
-        delay_s = rng.uniform(0.5, 2.5)
-        time.sleep(delay_s)
-        if attempt % 2:
-            _wait_until_writing(run_folder, process, time.monotonic() + 5)
+        _wait_for_the_moment(run_folder, process, rng.uniform(0.5, 2.5), while_writing=attempt % 2 == 1)
         assert process.is_alive(), "the run ended before it could be killed"
         seen = max(complete_steps(run_folder), default=0)
         process.kill()
@@ -126,11 +132,7 @@ def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_a
         found = max(complete_steps(run_folder), default=0)
         assert found >= seen >= newest
         newest = found
-        num_half_written += any(
-            path.name.endswith("-tmp") or not (path / ".metadata.json").exists()
-            for path in run_folder.glob("step*")
-            if not path.name.endswith("-hf")
-        )
+        num_half_written += _is_writing(run_folder)
     assert newest > 0
     assert num_half_written > 0
     run_training(config_path)

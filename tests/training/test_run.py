@@ -1,6 +1,8 @@
 """Whole runs in this process: what they write, learn and refuse."""
 
+import io
 import json
+import re
 import shutil
 
 import pytest
@@ -168,6 +170,20 @@ def test_missing_data_folder_is_named(config_path):
 def test_settings_that_do_not_fit_together_are_a_config_error(config_path):
     with pytest.raises(ConfigError, match=r"hidden_size \(16\) must be a multiple of num_attention_heads \(3\)"):
         train(*resolve_config(config_path, ["model.num_attention_heads=3"]))
+
+
+def test_a_terminal_gets_a_live_line(config_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    train(*resolve_config(config_path, ["training.max_steps=2", "logging.tensorboard=false"]))
+    assert re.search(r"step 2/2  loss \d.\d{4}  [\d,]+ tokens/s  validation \d.\d{4}  0s left", terminal.getvalue())
+    assert "━" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (75, "1m15s"), (7322, "2h02m")])

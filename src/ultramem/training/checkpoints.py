@@ -132,11 +132,11 @@ class RunCheckpointer(CheckpointerCallback):
         return path
 
     def _remove_checkpoint(self, path: str) -> None:
-        super()._remove_checkpoint(path)
+        # The model folder goes before its state: killed in between, the next process finds the state and removes it. It
+        # is renamed first, for a half-removed folder must not look like a model folder.
         if get_rank() == 0 and (model_folder := Path(path + "-hf")).is_dir():
-            # Renamed first: a half-removed folder must not look like a model folder.
-            old = model_folder.rename(model_folder.with_name(model_folder.name + ".old"))
-            shutil.rmtree(old)
+            shutil.rmtree(model_folder.rename(model_folder.with_name(model_folder.name + ".old")))
+        super()._remove_checkpoint(path)
 
     def _export(self, path: str) -> None:
         if get_rank() == 0:
