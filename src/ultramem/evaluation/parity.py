@@ -14,7 +14,7 @@ ABSOLUTE_TOLERANCE = 1e-5
 RELATIVE_TOLERANCE = 1e-4
 
 # Published name → attribute of our layer or of its pool.
-_LAYER_TENSORS = {
+_PUBLISHED_TENSORS = {
     "keys": "retrieval.keys",
     "query_proj.weight": "retrieval.query_proj.weight",
     "query_norm.weight": "retrieval.query_norm",
@@ -24,8 +24,9 @@ _LAYER_TENSORS = {
     "shuffle_index": "permutation",
     "tucker_core_u": "retrieval.row_direction",
     "tucker_core_v": "retrieval.col_direction",
+    "values_for_look_up": "values",
+    "pre_values_for_look_up": "pre_values",
 }
-_POOL_TENSORS = {"values_for_look_up": "values", "pre_values_for_look_up": "pre_values"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def check_fixture(path: Path) -> ParityReport:
         return builders[layer](path, settings, tensors)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}, which a fixture of {layer} must hold.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no consistent fixture of {layer}: {error}") from None
 
 
 def ultramem_v2_config(settings: dict[str, str]) -> UltraMemV2Config:
@@ -100,6 +103,9 @@ def ultramem_v2_config(settings: dict[str, str]) -> UltraMemV2Config:
 def _load(layer: UltraMemV2, pool: MemoryPool, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Fill the layer and its pool; returns every parameter under its published name ('x' excluded)."""
     parameters: dict[str, nn.Parameter] = {}
+    ours = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **dict(pool.named_parameters())}
+    places = {published: ours[name] for published, name in _PUBLISHED_TENSORS.items() if name in ours}
+    places |= {f"tucker_core.{index}": core for index, core in enumerate(layer.retrieval.cores.detach())}
     with torch.no_grad():
         # A fixture without affine norms has no gains: they are one.
         nn.init.ones_(layer.retrieval.query_norm)
@@ -108,15 +114,13 @@ def _load(layer: UltraMemV2, pool: MemoryPool, tensors: dict[str, Tensor]) -> di
             kind, _, published = name.partition(".")
             if kind not in ("param", "buffer"):
                 continue
-            if published.startswith("tucker_core."):
-                layer.retrieval.cores[int(published.rpartition(".")[2])].copy_(value)
-                continue
-            owner: nn.Module = pool if published in _POOL_TENSORS else layer
-            path = _POOL_TENSORS.get(published) or _LAYER_TENSORS[published]
-            module_path, _, attribute = path.rpartition(".")
-            target = getattr(owner.get_submodule(module_path), attribute)
+            target = places.get(published)
+            if target is None:
+                raise ValueError(f"it holds {name}, which the layer that its header describes does not have.")
+            if value.numel() != target.numel():
+                raise ValueError(f"{name} has shape {list(value.shape)}, its header asks for {list(target.shape)}.")
             target.copy_(value.view(target.shape))
-            if kind == "param":
+            if isinstance(target, nn.Parameter):
                 parameters[published] = target
     return parameters
 
@@ -139,6 +143,8 @@ def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, 
     if failures:
         return ParityReport(path, "ultramem_v2", float("nan"), float("nan"), tuple(failures))
     parameters = _load(layer, pool, tensors)
+    if not tensors["in.x"].shape == tensors["in.grad_y"].shape == (*tensors["in.x"].shape[:-1], layer.hidden_size):
+        raise ValueError(f"in.x and in.grad_y must both be [..., {layer.hidden_size}].")
 
     x = tensors["in.x"].clone().requires_grad_()
     result = layer(x, pool)
@@ -154,6 +160,8 @@ def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, 
         checks["balance_loss"] = (layer.retrieval.key_balance(retrieved), tensors["out.balance_loss"].squeeze())
     slots, order = retrieved.slots_NHK.flatten(1).sort(stable=True)
     published_slots, published_order = tensors["out.virtual_indices_before_shuffle"].sort(stable=True)
+    if slots.shape != published_slots.shape:
+        raise ValueError(f"out.virtual_indices_before_shuffle must be {list(slots.shape)}.")
     if not torch.equal(slots, published_slots):
         failures.append(f"{(slots != published_slots).any(1).sum()} tokens select other slots")
     scores = retrieved.scores_NHKC.flatten(1, 2)
@@ -166,6 +174,8 @@ def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, 
         gradients[f"tucker_core.{core}"] = (layer.retrieval.cores.grad[core], tensors[f"grad.tucker_core.{core}"])
     gradients = {f"grad.{name}": pair for name, pair in gradients.items()}
     for name, (ours, published) in {**checks, **gradients}.items():
+        if ours.shape != published.shape:
+            raise ValueError(f"{name} has shape {list(published.shape)}, its header asks for {list(ours.shape)}.")
         excess = (ours - published).abs() - ABSOLUTE_TOLERANCE - RELATIVE_TOLERANCE * published.abs()
         if not (excess <= 0).all():
             failures.append(f"{name} differs by up to {_largest_error(ours, published):.2e}")
@@ -173,7 +183,7 @@ def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, 
         path,
         "ultramem_v2",
         _largest_error(*checks["output"]),
-        max(_largest_error(*pair) for pair in gradients.values()),
+        float(torch.tensor([_largest_error(*pair) for pair in gradients.values()]).max()),
         tuple(failures),
     )
 
