@@ -138,6 +138,17 @@ def test_a_damaged_metrics_line_is_dropped_on_resume(data_folder, tmp_path):
     assert [line["train/CE loss"] for line in after] == [line["train/CE loss"] for line in before]
 
 
+def test_batch_size_rate_and_length_may_change_on_resume(config_path):
+    """512 tokens in batches of 128, then up to 1536 in batches of 256: the horizon is counted in tokens."""
+    changes = ["training.max_steps=null", "logging.memory_interval_steps=null"]
+    train(*resolve_config(config_path, [*changes, "training.max_tokens=512"]))
+    changes += ["training.max_tokens=1536", "training.global_batch_sequences=8", "optimizer.lr=0.001"]
+    assert train(*resolve_config(config_path, changes)).name == "step8-hf"
+    lines = metrics_lines(config_path.parent / "run")
+    assert [line["throughput/total tokens"] for line in lines] == [128, 256, 384, 512, 768, 1024, 1280, 1536]
+    assert lines[-1]["optim/dense learning rate"] == pytest.approx(1e-4)
+
+
 def test_dense_model_trains_with_gradient_checkpointing(config_path):
     model_folder = train(
         *resolve_config(

@@ -112,7 +112,7 @@ def train(config: RunConfig, manifest: DataManifest) -> Path | None:
         _write_config(config, run_folder / "config.yaml")
         trainer = build_trainer(config, manifest)
         trainer.fit()
-        _report_end(trainer, config)
+        _report_end(trainer)
     return run_folder / f"step{trainer.global_step}-hf"
 
 
@@ -161,11 +161,14 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
     model = build_model(config)
     flops = TRAINING_FLOPS_FACTOR * cost_card(model.config).flops_per_token(config.data.sequence_length_tokens // 2)
     train_module = UltraMemTrainModule(model, parameter_roles(model), config, int(flops))
+    # In the unit of the config: a resumed run with another batch size still ends after the same tokens.
+    max_tokens = config.training.max_tokens
+    duration = Duration.tokens(max_tokens) if max_tokens is not None else Duration.steps(config.num_steps)
     trainer_config = TrainerConfig(
         save_folder=str(config.save_folder),
         work_dir=str(config.save_folder),
         checkpointer=CheckpointerConfig(),
-        max_duration=Duration.steps(config.num_steps),
+        max_duration=duration,
         # A signal ends the run after the step during which it came.
         cancel_check_interval=1,
         metrics_collect_interval=config.logging.interval_steps,
@@ -248,9 +251,9 @@ def _quiet_engine(path: Path) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _report_end(trainer: Trainer, config: RunConfig) -> None:
+def _report_end(trainer: Trainer) -> None:
     if trainer.is_canceled:
         print(
-            f"stopped at step {trainer.global_step} of {config.num_steps}: saved; the same command resumes from there",
+            f"stopped at step {trainer.global_step} of {trainer.max_steps}: saved; the same command resumes from there",
             file=sys.stderr,
         )
