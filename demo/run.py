@@ -1,6 +1,7 @@
 """`make demo`: an UltraMemV2 language model beside its dense twin, from text to a report.
 
-Everything goes through the command line as a user would type it; what has been done already is not done again.
+Everything goes through the command line as a user would type it. Text that is prepared and models that are trained are
+taken as they are; a run that was interrupted goes on.
 """
 
 import json
