@@ -101,3 +101,23 @@ def test_printing_names_the_sizes():
     assert "window=36+36 of 108 rows, slots=36" in repr(layer)
     assert "keys=6, key_dim=8, rank=2, top_k=4, search=two_stage" in repr(layer)
     assert layer.hidden_size == HIDDEN_SIZE
+
+
+def test_autocast_keeps_the_products_in_the_tables_precision(monkeypatch):
+    """The projections round to bf16; dot products with the pre-values and the weights made of them do not."""
+    layer, pool = memory_layer(dtype=torch.float32)
+    x = tokens(6, dtype=torch.float32)
+    pooled = []
+    plain = pool.pool_values
+    monkeypatch.setattr(
+        pool, "pool_values", lambda rows, w, *rest: (pooled.append((rows, w)), plain(rows, w, *rest))[1]
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = layer.retrieval(x).scores_NHKC.flatten(1, 2)
+        projected = layer.pre_proj(x)
+        layer(x, pool)
+    ((rows, w),) = pooled
+    assert projected.dtype == torch.bfloat16
+    pre = torch.einsum("nku,nu->nk", pool.pre_values[rows].double(), projected.double())
+    assert_close(w, scores * pre[..., None])
+    assert w.dtype == torch.float32

@@ -138,3 +138,17 @@ def test_generation_stops_at_the_end_token():
     with torch.no_grad():
         model.model.embed_tokens.weight[0] = 100 * model(prompt, output_hidden_states=True).hidden_states[-1][0, -1]
     assert model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 5:].tolist() == [0]
+
+
+@pytest.mark.slow
+def test_a_compiled_decode_step_with_a_static_cache(fresh_compiler):
+    model, input_ids = decoder(num_hidden_layers=2), token_ids(1, 6)
+    expected = model(input_ids, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    logits = [decode(model, input_ids[:, :2], cache, [2])]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for place in range(2, 6):
+            step, position = input_ids[:, place : place + 1].contiguous(), torch.tensor([[place]])
+            logits.append(compiled(step, position_ids=position, past_key_values=cache, use_cache=True).logits)
+    assert_close(torch.cat(logits, dim=1), expected)

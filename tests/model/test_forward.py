@@ -257,8 +257,8 @@ TWO_BLOCKS = {"num_hidden_layers": 2, "memory": {"placement": "0:1/1:1", "key_ba
 
 @pytest.mark.parametrize(
     "settings",
-    [TWO_BLOCKS, *[pytest.param(settings, marks=pytest.mark.slow) for settings in DECODERS.values()]],
-    ids=["two_blocks", *DECODERS],
+    [TWO_BLOCKS, *[pytest.param(DECODERS[name], marks=pytest.mark.slow) for name in ("spans", "untied")]],
+    ids=["two_blocks", "spans", "untied"],
 )
 def test_compiles_without_a_graph_break(settings, fresh_compiler):
     model = decoder(**settings)
@@ -274,7 +274,7 @@ def test_compiles_without_a_graph_break(settings, fresh_compiler):
 
 @pytest.mark.slow
 def test_inductor_compiles_the_training_step(fresh_compiler):
-    model = decoder(dtype=torch.float32, **DECODERS["losses"]).train()
+    model = decoder(dtype=torch.float32, num_hidden_layers=1, memory={"key_balance_weight": 0.1}).train()
     input_ids = token_ids(2, 6)
     model.refresh_retrieval()
     compiled = torch.compile(model, fullgraph=True)

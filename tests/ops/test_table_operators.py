@@ -135,6 +135,28 @@ def test_sums_are_accumulated_in_fp32(name):
     assert apply(name, operands).max() == many
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_fp32_weights_are_not_rounded_to_a_bf16_table(num_blocks):
+    """1 + 2⁻⁹ and −1 on a row of ones: rounded first, they cancel."""
+    w = torch.tensor([[1 + 2**-9, -1.0]])
+    idx = torch.zeros(1, 2, dtype=torch.int64)
+    block = torch.zeros_like(idx) if num_blocks > 1 else None
+    out = bag(idx, w, torch.ones(1, 1, dtype=torch.bfloat16), block_NK=block, num_blocks=num_blocks)
+    assert out[0, 0].item() == 2**-9
+    x = torch.ones(1, num_blocks, dtype=torch.bfloat16)
+    assert scatter(idx, w, x, 1, block_NK=block, num_blocks=num_blocks).item() == 2**-9
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_products_of_bf16_are_not_rounded(num_blocks):
+    """(1 + 2⁻⁷)² − (1 + 2⁻⁶) = 2⁻¹⁴, of which bf16 products keep nothing."""
+    x = torch.tensor([[1 + 2**-7, 1.0]]).repeat(1, num_blocks).bfloat16()
+    table = torch.tensor([[1 + 2**-7, -1 - 2**-6]]).bfloat16()
+    idx = torch.zeros(1, 1, dtype=torch.int64)
+    block = torch.ones_like(idx) if num_blocks > 1 else None
+    assert gather_dot(idx, x, table, block_NK=block, num_blocks=num_blocks).item() == 2**-14
+
+
 @pytest.mark.parametrize("name", ["bag", "gather_dot"])
 def test_bf16_gradients_are_accumulated_in_fp32(name):
     many = 1024
