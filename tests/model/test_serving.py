@@ -67,6 +67,7 @@ def test_one_attention_per_block_goes_through_the_interface(settings, engine):
         assert call["shapes"] == ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8))
         assert call["scaling"] == pytest.approx(8**-0.5)
         assert call["sentinel"] == "kept"
+        assert call["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]]
     attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     assert len(attentions) == 3
 

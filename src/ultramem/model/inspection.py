@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ultramem.errors import CheckpointError, ConfigError
@@ -52,8 +53,10 @@ def load_config(folder: Path) -> UltraMemConfig:
         )
     try:
         config: UltraMemConfig = UltraMemConfig.from_dict(settings)
-    except (ConfigError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} is not valid: {error} Put back the configuration that was saved.") from error
+    except (ConfigError, StrictDataclassError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is not valid: {' '.join(str(error).split())} Put back the configuration that was saved."
+        ) from error
     return config
 
 
