@@ -41,27 +41,32 @@ def ultramem(*arguments: object, capture: bool = False) -> str:
     if interrupts:
         raise SystemExit(128 + signal.SIGINT)
     if process.returncode:
-        raise SystemExit(process.returncode)
+        raise SystemExit(f"`ultramem {words[0]}` ended with status {process.returncode}")
     return output or ""
 
 
-def check_comparable(config_files: dict[str, Path], overrides: list[str]) -> int:
-    """Stop unless the models cost the same per token and read the same windows; returns their length in tokens."""
+def check_comparable(config_files: dict[str, Path], overrides: list[str]) -> tuple[int, int]:
+    """Stop unless the models cost the same per token and read the same text.
+
+    Returns:
+        Length of a training window in tokens, and steps of each run.
+    """
     from ultramem.model import cost_card
     from ultramem.training.run import model_config, resolve_config
 
     configs = {name: resolve_config(file, overrides)[0] for name, file in config_files.items()}
-    lengths = {config.data.sequence_length_tokens for config in configs.values()}
-    assert len(lengths) == 1, f"the models read windows of different lengths: {lengths}"
-    length_tokens = lengths.pop()
+    read = {(config.data.sequence_length_tokens, config.num_steps, config.num_tokens) for config in configs.values()}
+    if len(read) > 1:
+        raise SystemExit(f"the models do not read the same text (window, steps, tokens): {sorted(read)}")
+    length_tokens, num_steps, _ = read.pop()
     # A token attends to half of its window on average.
     flops = {n: cost_card(model_config(config)).flops_per_token(length_tokens // 2) for n, config in configs.items()}
     if max(flops.values()) > (1 + MAX_FLOPS_DIFFERENCE) * min(flops.values()):
         raise SystemExit(f"the models differ by more than {MAX_FLOPS_DIFFERENCE:.0%} in FLOPs per token: {flops}")
-    return length_tokens
+    return length_tokens, num_steps
 
 
-def train(name: str, config: Path, folder: Path, overrides: list[str]) -> Model:
+def train(name: str, config: Path, folder: Path, overrides: list[str], num_steps: int) -> Model:
     """Train one model, or go on with it, and measure it."""
     from ultramem.evaluation.plots import load_metrics
     from ultramem.model.folders import resolve_model_folder
@@ -69,8 +74,11 @@ def train(name: str, config: Path, folder: Path, overrides: list[str]) -> Model:
     start_s = time.perf_counter()
     ultramem("train", config.relative_to(ROOT), *overrides, f"run.save_folder={folder}")
     seconds = time.perf_counter() - start_s
+    model_folder = resolve_model_folder(ROOT / folder)
+    if model_folder.name != f"step{num_steps}-hf":
+        raise SystemExit(f"{folder} stopped at {model_folder.name} of {num_steps} steps; start the demo again to go on")
     metrics = load_metrics(ROOT / folder / "metrics.jsonl")
-    return Model(name, folder, resolve_model_folder(ROOT / folder), metrics, seconds)
+    return Model(name, folder, model_folder, metrics, seconds)
 
 
 def evaluate(model: Model, data: Path, settings: Settings) -> None:
@@ -107,8 +115,8 @@ def main(
     overrides = [*(overrides or []), f"data.folder={data}"]
     ultramem("data", "prepare", "factbook", "wikipedia-leads", "--tokenizer", "train:4096", "--output", data)
     config_files = {name: ROOT / file for name, file in MODELS.items()}
-    length_tokens = check_comparable(config_files, overrides)
-    models = [train(name, file, runs / file.stem, overrides) for name, file in config_files.items()]
+    length_tokens, num_steps = check_comparable(config_files, overrides)
+    models = [train(name, file, runs / file.stem, overrides, num_steps) for name, file in config_files.items()]
     settings = Settings(data, ROOT / output, length_tokens, num_facts=facts, overrides=overrides)
     for model in models:
         evaluate(model, data, settings)

@@ -46,7 +46,29 @@ def test_the_demo_compares_models_of_equal_cost(tmp_path, monkeypatch):
     import run
 
     configs = {name: ROOT / file for name, file in run.MODELS.items()}
-    assert run.check_comparable(configs, [f"data.folder={make_data(tmp_path)}"]) == 128
+    overrides = [f"data.folder={make_data(tmp_path)}", "training.max_steps=7"]
+    assert run.check_comparable(configs, [*overrides, "training.max_tokens=null"]) == (128, 7)
+
+
+def test_a_run_that_stopped_early_is_not_compared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import run
+
+    export = tmp_path / "step3-hf"
+    export.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (export / name).write_text("{}")
+    monkeypatch.setattr(run, "ultramem", lambda *_: "")
+    with pytest.raises(SystemExit, match="stopped at step3-hf of 7 steps; start the demo again"):
+        run.train("UltraMemV2", ROOT / "configs" / "demo.yaml", tmp_path, [], 7)
+
+
+def test_a_command_that_fails_ends_the_demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import run
+
+    with pytest.raises(SystemExit, match="`ultramem info` ended with status 2"):
+        run.ultramem("info", "/absent/model")
 
 
 def make_data(folder):
