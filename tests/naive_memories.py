@@ -1,4 +1,4 @@
-"""The UltraMemV2 layer written out from its definition (docs/layers, §2, §3, §5), in loops."""
+"""The UltraMemV2 layer written out from its definition (docs/ultramem_v2.md), in loops."""
 
 import math
 

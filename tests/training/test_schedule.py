@@ -1,4 +1,4 @@
-"""Learning rates at every step against training.md §1."""
+"""Learning rates at every step against the published formula."""
 
 import math
 from types import SimpleNamespace

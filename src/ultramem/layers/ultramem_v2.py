@@ -77,7 +77,7 @@ class UltraMemV2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the layer's own tensors by the config's scheme (layers.md §5); see `table_std` for the pool."""
+        """Initialise the layer's own tensors by the config's scheme; see `table_std` for the pool."""
         if self.permutation.is_meta:
             return
         config = self.config
@@ -154,7 +154,7 @@ class UltraMemV2(nn.Module):
 def table_std(
     config: UltraMemV2Config, hidden_size: int, ffn_ratio: float, num_blocks: int, score_variance: float
 ) -> float:
-    """Standard deviation of values and pre-values at initialisation (UltraMemV2's appendix; layers.md §5).
+    """Standard deviation of values and pre-values at initialisation (UltraMemV2's appendix).
 
     ``paper``: chosen so that the memory's output variance is 0.032·κ/L, the FFN's own at initialisation.
 

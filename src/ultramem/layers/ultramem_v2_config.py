@@ -13,7 +13,8 @@ from ultramem.ops import Search, check_search, product_topk_macs
 @strict
 @dataclass
 class UltraMemV2Config:
-    """Settings of the UltraMemV2 memories of a model (arXiv 2508.18756; exact definitions in docs/layers).
+    """Settings of the UltraMemV2 memories of a model (arXiv 2508.18756; exact definitions in
+    docs/ultramem_v2.md).
 
     Attributes:
         placement: where memories stand: ``"every"``, a list of blocks, or spans ``"a:b/c:d"``.
@@ -135,7 +136,7 @@ class UltraMemV2Config:
         return self.num_selected * (self.value_dim + self.pre_value_dim)
 
     def table_elements_per_step(self, batch_size: int, num_memories: int) -> float:
-        """Distinct table elements that one layer reads for B tokens, expected under uniform access (layers.md §8)."""
+        """Distinct table elements that one layer reads for B tokens, expected under uniform access."""
         rows = self.window_side(num_memories) ** 2
         return rows * (1 - (1 - 1 / rows) ** (batch_size * self.num_selected)) * (self.value_dim + self.pre_value_dim)
 

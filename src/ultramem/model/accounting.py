@@ -12,7 +12,7 @@ class CostCard:
     Attributes:
         dense_parameters: weights that every token reads: embedding, attention, FFN, norms, projections, keys.
         table_parameters: elements of the memory's pool.
-        active_parameters: dense parameters plus k·H·(V+U) table elements per memory (layers.md §7).
+        active_parameters: dense parameters plus k·H·(V+U) table elements per memory.
         num_memories: memory layers.
         embedding_parameters: the part of ``dense_parameters`` that only looks tokens up; 0 with tied embeddings.
         matmul_parameters: weights of matrix products on the path of a token.
@@ -40,7 +40,7 @@ class CostCard:
         return 2 * self.matmul_parameters + self.memory_flops_per_token + attention
 
     def bytes_per_decode_step(self, batch_size: int, bytes_per_element: int = 2, context_length_tokens: int = 0) -> int:
-        """Bytes read to decode one token for each of B sequences (layers.md §8).
+        """Bytes read to decode one token for each of B sequences.
 
         Every dense weight is read once, the embedding only at B rows; of a table the distinct rows expected under
         uniform access; of the KV cache all of it.

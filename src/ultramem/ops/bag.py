@@ -96,7 +96,7 @@ def bag(
         table_RV: the table, fp32, bf16 or fp64.
         block_NK: the block in [0, E) that each slot is pooled into; None for one block.
         num_blocks: E.
-        row_gradients: where the table's gradient goes instead of ``table_RV.grad`` (training.md §6); None for dense.
+        row_gradients: where the table's gradient goes instead of ``table_RV.grad``; None for dense.
 
     Returns:
         [N, E·V] in the table's dtype, accumulated in fp32 (fp64 for fp64 tables).

@@ -93,7 +93,7 @@ def gather_dot(
         block_NK: the block in [0, E) of ``x_NV`` that each slot reads; None for one block.
         num_blocks: E.
         num_cores: C, the number of column slices with a dot product of their own; must divide V.
-        row_gradients: where the table's gradient goes instead of ``table_RV.grad`` (training.md §6); None for dense.
+        row_gradients: where the table's gradient goes instead of ``table_RV.grad``; None for dense.
 
     Returns:
         [N, K] for one core, else [N, K, C], in the dtype of ``x_NV``, accumulated in fp32 (fp64 for fp64 tables).
