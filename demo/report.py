@@ -176,7 +176,7 @@ def write_report(models: list[Model], settings: Settings) -> Path:
         "",
         "## Factual recall",
         "",
-        f"{settings.num_facts} country facts from the Factbook, each asked in phrasings that the training text does "
+        f"{models[0].evaluation['recall']['total']['num_facts']} country facts from the Factbook, each asked in phrasings that the training text does "
         "not contain. The right answer is ranked among the other answers of its relation by how much naming the "
         "country raises its probability (pointwise mutual information), so that a model that ignores the country "
         "scores at chance. ± is one standard error over facts.",

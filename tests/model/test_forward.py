@@ -138,6 +138,15 @@ def test_loss_is_cross_entropy_plus_weighted_auxiliary_losses():
     assert_close(unlabelled.auxiliary_losses["key_balance"], outputs.auxiliary_losses["key_balance"])
 
 
+def test_micro_batches_add_up_to_the_whole_batch():
+    model = decoder(memory={"tucker_penalty_weight": 0.2, "tucker_penalty_margin": 0.0})
+    input_ids = token_ids(4, 9)
+    whole = model(input_ids, labels=input_ids)
+    assert whole.auxiliary_losses["tucker_penalty"] > 1e-3
+    parts = [model(part, labels=part, num_items_in_batch=4 * 8).loss for part in (input_ids[:1], input_ids[1:])]
+    assert_close(parts[0] + parts[1], whole.loss, torch.float32)
+
+
 def test_auxiliary_losses_reach_the_gradient():
     input_ids = token_ids(2, 9)
     gradients = []

@@ -1,6 +1,6 @@
 """The `ultramem` command: one thin module per verb.
 
-The modules import nothing heavy at their top, so that `ultramem --help` answers at once.
+The modules import OLMo-core, data sets and plots only when a verb needs them.
 """
 
 import sys

@@ -24,7 +24,8 @@ def rms_normalize(x: Tensor, gain: Tensor, dim: int) -> Tensor:
     return normed * gain.to(x.dtype).view(shape)
 
 
-def _is_loaded(tensor: Tensor) -> bool:
+def is_loaded(tensor: Tensor) -> bool:
+    """Whether a tensor's values came from a checkpoint."""
     # transformers marks what came from a checkpoint; its initialisers skip such tensors, and so must we.
     return getattr(tensor, "_is_hf_initialized", False)
 
@@ -132,13 +133,13 @@ class TuckerRetrieval(nn.Module):
         init.normal_(self.query_proj.weight, std=query_std)
         init.normal_(self.keys, std=self.key_dim**-0.5)
         init.uniform_(self.cores)
-        missing = [direction for direction in (self.row_direction, self.col_direction) if not _is_loaded(direction)]
+        missing = [direction for direction in (self.row_direction, self.col_direction) if not is_loaded(direction)]
         for direction in missing:
             direction.zero_()
         if missing:
             # A loaded half decides the sign, and comes out as it was.
             self.refresh()
-        if norm_gain is None and not _is_loaded(self.query_norm):
+        if norm_gain is None and not is_loaded(self.query_norm):
             # Scores are of degree two in each gain. Where nearly the whole grid is selected their mean is about zero,
             # or below, and no gain brings it to 1: their spread then bounds the gain.
             scores = self.simulate(gains=1.0)

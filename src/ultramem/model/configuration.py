@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, Span, UltraMemV2Config, parse_placement
@@ -42,6 +42,12 @@ def make_memory_config(settings: dict[str, Any]) -> UltraMemV2Config:
         return config_class(**settings)
     except StrictDataclassError as error:
         raise ConfigError(f"memory: {' '.join(str(error).split())}") from None
+
+
+def _check_rope_type(kind: object) -> None:
+    allowed = ("default", *ROPE_INIT_FUNCTIONS)
+    if kind not in allowed:
+        raise ConfigError(f"rope_parameters.rope_type must be one of {', '.join(allowed)}; got {kind!r}.")
 
 
 @strict
@@ -122,6 +128,9 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             self.memory = asdict(memory)
             spans = parse_placement(memory.placement, self.num_hidden_layers)
             memory.check_sizes(len(spans))
+        # transformers reads the scaling of older files from `rope_scaling`, and its kind from `type`.
+        rope = self.rope_parameters or kwargs.get("rope_scaling") or {}
+        _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property

@@ -53,7 +53,7 @@ def load_config(folder: Path) -> UltraMemConfig:
         )
     try:
         config: UltraMemConfig = UltraMemConfig.from_dict(settings)
-    except (ConfigError, StrictDataclassError, ValueError, TypeError) as error:
+    except (ConfigError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{file} is not valid: {' '.join(str(error).split())} Put back the configuration that was saved."
         ) from error

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool, UltraMemV2, table_std
+from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.configuration import UltraMemConfig
 
@@ -233,7 +234,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         pool, memory = self.memory_pool, self.config.memory_config
         if pool is None or memory is None or pool.values.is_meta:
             return
-        if all(getattr(table, "_is_hf_initialized", False) for table in pool.parameters()):
+        if all(is_loaded(table) for table in pool.parameters()):
             return
         variances = [float(layer.retrieval.simulate().var()) for layer in self.memories]
         ffn_ratio = self.config.intermediate_size / self.config.hidden_size
@@ -383,7 +384,11 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            loss = loss + sum((outputs.auxiliary_losses or {}).values())
+            # Trainers that accumulate gradients divide the cross-entropy by the targets of the whole batch; a
+            # micro-batch then adds its share of the auxiliary losses.
+            num_targets = kwargs.get("num_items_in_batch")
+            share = 1.0 if num_targets is None else (labels[..., 1:] != -100).sum() / num_targets
+            loss = loss + share * sum((outputs.auxiliary_losses or {}).values())
         return UltraMemCausalLMOutput(
             loss=loss,
             logits=logits,
