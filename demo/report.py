@@ -142,6 +142,7 @@ def write_report(models: list[Model], settings: Settings) -> Path:
     """Draw the plots and write report.md; returns its path."""
     settings.output.mkdir(parents=True, exist_ok=True)
     draw_plots(models, settings)
+    num_facts = models[0].evaluation["recall"]["total"]["num_facts"]
     lines = [
         "# UltraMemV2 and its dense twin",
         "",
@@ -176,7 +177,7 @@ def write_report(models: list[Model], settings: Settings) -> Path:
         "",
         "## Factual recall",
         "",
-        f"{models[0].evaluation['recall']['total']['num_facts']} country facts from the Factbook, each asked in phrasings that the training text does "
+        f"{num_facts} country facts from the Factbook, each asked in phrasings that the training text does "
         "not contain. The right answer is ranked among the other answers of its relation by how much naming the "
         "country raises its probability (pointwise mutual information), so that a model that ignores the country "
         "scores at chance. ± is one standard error over facts.",
