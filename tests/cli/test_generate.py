@@ -1,7 +1,9 @@
+import json
 import shutil
 
 import pytest
 
+from tiny_models import tiny_llama
 from ultramem.errors import CheckpointError, ConfigError
 
 
@@ -81,3 +83,38 @@ def test_a_damaged_checkpoint_is_reported_and_never_used(invoke, model_folder, t
     assert said in str(result.exception)
     assert str(folder) in str(result.exception)
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "abc"}, "Validation error for field 'hidden_size'"),
+        ({"memory": [1]}, "Validation error for field 'memory'"),
+        ({"memory": "ultramem_v2"}, "Validation error for field 'memory'"),
+        ({"memory": {"num_keys": "12"}}, "expected int, got str (value: '12')"),
+        ({"rope_parameters": {"rope_type": "zzz"}}, "rope_parameters.rope_type must be one of default, "),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_not_valid_is_named(invoke, model_folder, data_folder, tmp_path, verb, changes, said):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    options = {"generate": ("--prompt", "The"), "eval": ("--data", data_folder)}
+    error = invoke(verb, folder, *options[verb]).exception
+    assert isinstance(error, CheckpointError)
+    assert f"{file} is not valid: " in str(error)
+    assert said in str(error)
+    assert "Put back the configuration that was saved." in str(error)
+
+
+def test_a_wrong_type_in_the_configuration_of_another_model_is_named(invoke, tokenizer, tmp_path):
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": "abc"}))
+    error = invoke("generate", tmp_path, "--prompt", "The").exception
+    assert isinstance(error, CheckpointError)
+    assert f"{tmp_path} cannot be loaded (" in str(error)
+    assert "'hidden_size'" in str(error)

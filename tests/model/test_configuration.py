@@ -44,6 +44,9 @@ def test_the_default_is_a_small_valid_ultramem():
         ({"num_attention_heads": 3}, r"hidden_size \(256\) must be a multiple of num_attention_heads \(3\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
         ({"hidden_size": 12}, r"hidden_size / num_attention_heads must be even.*got 12 / 4"),
+        ({"rope_parameters": {"rope_type": "zzz"}}, r"rope_type must be one of default, .*yarn.*; got 'zzz'"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_type must be one of default, .*; got \['yarn'\]"),
+        ({"rope_scaling": {"type": "zzz", "factor": 2.0}}, r"rope_type must be one of default, .*; got 'zzz'"),
         ({"hidden_act": "swoosh"}, r"hidden_act must be one of .*silu.*; got 'swoosh'"),
         *[
             ({name: 0}, rf"{name} must be at least 1; got 0")
@@ -75,6 +78,7 @@ def test_wrong_types_of_the_decoders_own_fields_are_named(settings):
         {"memory": {"placement": [0, 2]}},
         {"memory": {"placement": "0:2/1:1", "share_ratio": 1, "pre_value_activation": "gelu"}},
         {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
         {"tie_word_embeddings": False, "attention_dropout": 0},
         {"eos_token_id": [0, 3], "initializer_range": 0.02},
     ],

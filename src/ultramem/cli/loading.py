@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,19 +63,31 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from ultramem.errors import CheckpointError, UltraMemError
+    from ultramem.model.inspection import load_config
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if _is_ultramem(folder):
+        load_config(folder)  # names the file and the setting that is wrong
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except UltraMemError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded ({' '.join(str(error).split())}). Export the model again, or copy the whole "
             f"folder again."
@@ -90,6 +103,17 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
             f"configuration that they were saved with."
         )
     return model.to(device).eval()
+
+
+def _is_ultramem(folder: Path) -> bool:
+    """Whether the folder's configuration names our architecture; False where it cannot be read."""
+    from ultramem.model import UltraMemConfig
+
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("model_type") == UltraMemConfig.model_type
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

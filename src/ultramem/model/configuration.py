@@ -130,7 +130,8 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             memory.check_sizes(len(spans))
         # transformers reads the scaling of older files from `rope_scaling`, and its kind from `type`.
         rope = self.rope_parameters or kwargs.get("rope_scaling") or {}
-        _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
+        if isinstance(rope, dict):
+            _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
