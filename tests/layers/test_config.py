@@ -60,6 +60,27 @@ def test_a_share_of_one_over_any_number_of_layers_is_allowed():
         memory_config(share_ratio=1 / num_memories).check_sizes(num_memories)
 
 
+@pytest.mark.parametrize(
+    ("share_ratio", "num_memories"), [(0.3333, 3), (0.333, 3), (0.1429, 7), (0.1428, 7), (0.0204, 49)]
+)
+def test_a_rounded_share_is_allowed_and_floors(share_ratio, num_memories):
+    config = memory_config(share_ratio=share_ratio, num_keys=12)
+    config.check_sizes(num_memories)
+    assert config.window_side(num_memories) in (11, 12)
+
+
+@pytest.mark.parametrize(("share_ratio", "num_memories"), [(0.33, 3), (0.142, 7), (0.1, 4)])
+def test_a_share_too_small_for_rounding_is_named(share_ratio, num_memories):
+    with pytest.raises(ConfigError, match=r"less than its own share .* or null for exactly that share"):
+        memory_config(share_ratio=share_ratio).check_sizes(num_memories)
+
+
+def test_a_share_without_a_single_row_is_named():
+    config = memory_config(share_ratio=0.3333, num_keys=1, top_k=1)
+    with pytest.raises(ConfigError, match=r"share_ratio 0\.3333 gives a layer less than its own share"):
+        config.check_sizes(3)
+
+
 def test_whole_numbers_are_fractions_too():
     config = memory_config(share_ratio=1, output_dropout=0, key_balance_weight=1, tucker_penalty_margin=0)
     assert config.window_side(3) == 10

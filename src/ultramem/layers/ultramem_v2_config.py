@@ -9,6 +9,9 @@ from ultramem.errors import ConfigError
 from ultramem.layers.table import window_side
 from ultramem.ops import Search, check_search, product_topk_macs
 
+# A share written as 0.333 for 1/3 is a little less than a layer's own; the published formula floors it to a window.
+_SHARE_ROUNDING = 2e-3
+
 
 @strict
 @dataclass
@@ -109,11 +112,11 @@ class UltraMemV2Config:
 
     def check_sizes(self, num_memories: int) -> None:
         """Raise ConfigError if the sizes do not fit together with L memories."""
-        # In floating point 1/49 · 49 is a little less than 1.
-        if self.share_ratio is not None and self.share_ratio * num_memories < 1 - 1e-9:
+        too_small = self.share_ratio is not None and self.share_ratio * num_memories < 1 - _SHARE_ROUNDING
+        if too_small or self.window_side(num_memories) < 1:
             raise ConfigError(
                 f"memory.share_ratio {self.share_ratio} gives a layer less than its own share of the pool; with "
-                f"{num_memories} memories it must be at least {1 / num_memories:.4g}."
+                f"{num_memories} memories it must be at least {1 / num_memories:.4g}, or null for exactly that share."
             )
         try:
             check_search(self.search, self.side(num_memories), self.top_k, self.resolved_coarse_top_k(num_memories))
