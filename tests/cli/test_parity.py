@@ -6,7 +6,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ultramem.cli import main
-from ultramem.errors import CheckpointError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FIXTURES = sorted(GOLDEN.glob("ultramem_v2_*.safetensors"))
@@ -45,11 +44,29 @@ def test_a_failure_is_named_and_the_rest_still_runs(invoke, wrong):
     assert "1 of 3 fixtures failed (pass mark: 1e-5 + 1e-4 relative)." in result.stderr
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", "pkm_base.safetensors"])
-def test_what_is_no_fixture_is_an_error_for_the_user(invoke, name):
-    result = invoke("parity", GOLDEN / name)
-    assert isinstance(result.exception, CheckpointError)
-    assert name in str(result.exception)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.safetensors", "missing.safetensors cannot be read as a safetensors fixture: "),
+        ("pkm_base.safetensors", "pkm_base.safetensors is no fixture of a layer that is built here: "),
+    ],
+)
+def test_what_is_no_fixture_is_named_and_the_rest_still_runs(invoke, wrong, name, said):
+    result = invoke("parity", FIXTURES[0], GOLDEN / name, wrong, FIXTURES[1])
+    assert result.exit_code == 2
+    first, second, third, fourth = result.stdout.splitlines()
+    assert first.endswith("ok")
+    assert second.startswith(f"{name}: ERROR: {GOLDEN}")
+    assert said in second
+    assert "Name " in second
+    assert "FAILED: output differs" in third
+    assert fourth.endswith("ok")
+    assert "1 of 4 fixtures failed" in result.stderr
+    assert "1 of 4 files could not be compared." in result.stderr
+
+
+def test_the_help_names_fixtures_that_can_be_compared(invoke):
+    assert "ultramem_v2_*.safetensors" in invoke("parity", "--help").stdout
 
 
 def test_no_file_at_all_is_a_usage_error(invoke):
@@ -62,7 +79,7 @@ def test_the_command_exits_with_2_and_one_line_on_a_missing_file(tmp_path, monke
         main()
     assert caught.value.code == 2
     output = capsys.readouterr()
-    assert output.out == ""
-    (line,) = output.err.strip().splitlines()
-    assert line.startswith("Error: ")
+    (line,) = output.out.splitlines()
+    assert line.startswith("missing.safetensors: ERROR: ")
     assert "missing.safetensors cannot be read as a safetensors fixture" in line
+    assert output.err == "1 of 1 files could not be compared.\n"

@@ -199,6 +199,36 @@ def test_another_window_in_the_header_fails(changed, name):
     assert failure == f"{name} is {number} here and {number + 1} in the fixture"
 
 
+OPTIONAL = ["out.scores", "out.virtual_indices_before_shuffle", "out.tucker_aux_loss"]
+
+
+@pytest.mark.parametrize("absent", [*([name] for name in OPTIONAL), OPTIONAL], ids=lambda names: " ".join(names))
+def test_what_a_layer_does_not_expose_is_not_compared(changed, absent):
+    def change(_, tensors):
+        for name in absent:
+            del tensors[name]
+
+    def change_the_rest_too(settings, tensors):
+        change(settings, tensors)
+        for name in {"out.y", "grad.x", *OPTIONAL} - set(absent):
+            tensors[name][0] += 1
+
+    assert check_fixture(changed(change)).failures == ()
+    failures = check_fixture(changed(change_the_rest_too)).failures
+    expected = {"output differs", "grad.x differs", "1 tokens", "scores differs", "tucker_aux_loss differs"}
+    gone = dict(zip(OPTIONAL, ("scores differs", "1 tokens", "tucker_aux_loss differs"), strict=True))
+    assert {" ".join(failure.split()[:2]) for failure in failures} == expected - {gone[name] for name in absent}
+
+
+@pytest.mark.parametrize("num_keys", [6, 12])
+def test_a_share_ratio_that_a_header_rounds_passes(num_keys, tmp_path):
+    path = write_fixture(
+        tmp_path / "new.safetensors", 18, num_memories=3, layer_id=2, num_keys=num_keys, share_ratio=0.3333
+    )
+    assert read(path)[0]["rows_window"] == str((num_keys - 1) ** 2)
+    assert check_fixture(path).failures == ()
+
+
 def drop(key, header=False):
     return lambda settings, tensors: (settings if header else tensors).pop(key)
 
@@ -210,12 +240,12 @@ def put(key, value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (drop("grad.keys"), "lacks 'grad.keys', which a fixture of ultramem_v2 must hold"),
+        (drop("grad.keys"), "lacks 'grad.keys', which a fixture of ultramem_v2 must hold. Write the fixture again"),
         (drop("out.y"), "lacks 'out.y', which"),
         (drop("in.x"), "lacks 'in.x', which"),
         (drop("knum", header=True), "lacks 'knum', which"),
         (drop("layer", header=True), "no fixture of a layer that is built here: its header names layer ''"),
-        (put("layer", "ultramem_v9"), "its header names layer 'ultramem_v9'; known: ultramem_v2"),
+        (put("layer", "ultramem_v9"), "its header names layer 'ultramem_v9'; known: ultramem_v2. Name fixtures"),
         (put("knum", "many"), "no consistent fixture of ultramem_v2: invalid literal for int.*'many'"),
         (put("vdim", "33"), r"no consistent fixture .*memory.value_dim \(33\) must be a multiple"),
         (put("vdim", "34"), r"param.values_for_look_up has shape \[432, 32\], its header asks for \[432, 34\]"),
@@ -223,6 +253,8 @@ def put(key, value):
         (put("param.bias", torch.zeros(2)), "it holds param.bias, which the layer that its header describes"),
         (put("out.y", torch.zeros(1, 7, 48)), r"output has shape \[1, 7, 48\], its header asks for \[3, 7, 48\]"),
         (put("in.grad_y", torch.zeros(48)), r"in.x and in.grad_y must both be \[..., 48\]"),
+        (put("out.scores", torch.zeros(21, 5, 2)), r"out.scores must be \[21, 6, 2\], is \[21, 5, 2\]\. Write the"),
+        (put("share_ratio", "0.3"), "share_ratio 0.3 gives a layer less than its own share.*Write the fixture again"),
         (put("out.virtual_indices_before_shuffle", torch.zeros(21, 5).long()), r"before_shuffle must be \[21, 6\]"),
     ],
 )  # fmt: skip
@@ -242,6 +274,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     text = tmp_path / "notes.safetensors"
     text.write_text("no tensors here")
     for path in (tmp_path / "missing.safetensors", tmp_path, text):
-        with pytest.raises(CheckpointError, match="cannot be read as a safetensors fixture") as caught:
+        with pytest.raises(CheckpointError, match=r"cannot be read as a safetensors fixture.*copy it again") as caught:
             check_fixture(path)
         assert str(path) in str(caught.value)
