@@ -21,6 +21,15 @@ def test_the_prompt_may_come_from_standard_input(invoke, model_folder):
     assert invoke(*arguments, "-", stdin="The capital\n").stdout == invoke(*arguments, "The capital").stdout
 
 
+def test_standard_input_that_is_no_text_is_refused(invoke, model_folder):
+    result = invoke("generate", model_folder, "--prompt", "-", stdin=b"Gr\xfc\xdfe")
+    assert isinstance(result.exception, ConfigError)
+    assert "the prompt on standard input is not utf-8 text (byte 2: invalid start byte): convert it" in str(
+        result.exception
+    )
+    assert result.stdout == ""
+
+
 def test_a_run_folder_says_which_model_it_took(invoke, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "step20-hf")
     (tmp_path / "step30-hf").mkdir()
@@ -35,6 +44,9 @@ def test_a_run_folder_says_which_model_it_took(invoke, model_folder, tmp_path):
     [
         (("--prompt", "word " * 80), "shorten the prompt to at most 63 tokens"),
         (("--prompt", "x", "--top-p", "0"), "a top_p above 0"),
+        (("--prompt", "x", "--temperature", "nan"), "a finite temperature of 0 (greedy) or more"),
+        (("--prompt", "x", "--seed", 2**70), f"seed {2**70} is out of range: give a whole number from 0 to"),
+        (("--prompt", "x\udcff"), "the prompt holds '\\udcff' at character 1"),
         (("--prompt", "x", "--device", "nonsense"), "device 'nonsense' cannot be used here"),
     ],
 )

@@ -41,6 +41,10 @@ def test_same_seed_same_text_and_another_seed_another(model, tokenizer):
     assert len({text_of(model, tokenizer, seed=seed) for seed in range(4)}) > 1
 
 
+def test_the_largest_seed_is_accepted(model, tokenizer):
+    assert text_of(model, tokenizer, seed=2**64 - 1)
+
+
 def test_a_tiny_top_p_is_greedy(model, tokenizer):
     assert text_of(model, tokenizer, top_p=1e-6, seed=5) == text_of(model, tokenizer, temperature=0)
 
@@ -130,6 +134,14 @@ def test_closing_the_stream_ends_the_generation(tokenizer):
     [
         ({"max_new_tokens": 0}, ["max_new_tokens 0", "at least 1 new token"]),
         ({"temperature": -0.5}, ["temperature -0.5", "0 (greedy) or more"]),
+        ({"temperature": float("nan")}, ["temperature nan", "finite temperature of 0 (greedy) or more"]),
+        ({"temperature": float("inf")}, ["temperature inf", "finite temperature of 0 (greedy) or more"]),
+        ({"seed": 2**70}, [f"seed {2**70} is out of range", f"from 0 to {2**64 - 1}"]),
+        ({"seed": -(2**63) - 1}, ["is out of range", "from 0 to"]),
+        (
+            {"prompt": "ab\udcffc"},
+            ["'\\udcff' at character 2", "only valid Unicode text", "encode the prompt as UTF-8"],
+        ),
         ({"top_p": 0.0}, ["top_p 0.0", "above 0 and at most 1"]),
         ({"top_p": 1.5}, ["top_p 1.5"]),
         (

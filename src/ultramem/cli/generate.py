@@ -22,7 +22,7 @@ def generate(
     from ultramem.inference.generate import generate_stream
 
     folder = find_model_folder(checkpoint)
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    text = _read_standard_input() if prompt == "-" else prompt
     model, tokenizer = load_model(folder, choose_device(device)), load_tokenizer(folder)
     stream = generate_stream(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -32,3 +32,15 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _read_standard_input() -> str:
+    from ultramem.errors import ConfigError
+
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the prompt on standard input is not {error.encoding} text (byte {error.start}: {error.reason}): convert "
+            f"it, for example with `iconv -t UTF-8`."
+        ) from error

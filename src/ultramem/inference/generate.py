@@ -1,5 +1,6 @@
 """Text from a causal language model, piece by piece as it is made."""
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -56,13 +57,9 @@ def generate_stream(
         No piece cuts a character; an unfinished one at the very end is dropped.
 
     Raises:
-        ConfigError: a value is out of range, or the prompt leaves no position for a new token.
+        ConfigError: a value is out of range, or the prompt is no valid text or leaves no position for a new token.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"cannot generate with max_new_tokens {max_new_tokens}, temperature {temperature} and top_p {top_p}: give "
-            f"at least 1 new token, a temperature of 0 (greedy) or more, and a top_p above 0 and at most 1."
-        )
+    _check_options(prompt, max_new_tokens, temperature, top_p, seed)
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     num_positions = model.config.max_position_embeddings
     if len(ids) >= num_positions:
@@ -72,6 +69,23 @@ def generate_stream(
             f"{num_positions - 1} tokens."
         )
     return _run(model, tokenizer, ids, min(max_new_tokens, num_positions - len(ids)), temperature, top_p, seed)
+
+
+def _check_options(prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"cannot generate with max_new_tokens {max_new_tokens}, temperature {temperature} and top_p {top_p}: give "
+            f"at least 1 new token, a finite temperature of 0 (greedy) or more, and a top_p above 0 and at most 1."
+        )
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed} is out of range: give a whole number from 0 to {2**64 - 1}.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt holds {prompt[error.start]!a} at character {error.start}, half of a surrogate pair or a "
+            f"byte that is not UTF-8; only valid Unicode text can be continued: encode the prompt as UTF-8."
+        ) from error
 
 
 def _run(
