@@ -1,13 +1,18 @@
 """Run folders: what counts as complete, what is removed, who may write."""
 
+import errno
 import os
+import shutil
 
 import pytest
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ultramem.errors import CheckpointError
 from ultramem.training.checkpoints import (
     complete_steps,
     exclusive_run_folder,
+    explained_write_errors,
     export_model,
     remove_leftovers,
 )
@@ -41,6 +46,44 @@ def test_leftovers_go_and_everything_complete_stays(tmp_path):
     assert remove_leftovers(tmp_path) == ["step10-hf.tmp", "step20", "step30-tmp", "step5-hf.old"]
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     assert remove_leftovers(tmp_path / "missing") == []
+
+
+def test_a_model_folder_whose_state_was_never_complete_goes(tmp_path):
+    """Killed between its export and the end of an asynchronous save; what somebody kept without its state stays."""
+    for name in ("step4-hf", "step10-hf", "step20-hf"):
+        make_step(tmp_path, name, ["config.json"])
+    assert remove_leftovers(tmp_path) == []
+    make_step(tmp_path, "step10")
+    make_step(tmp_path, "step20", COMPLETE[:2])
+    assert remove_leftovers(tmp_path) == ["step20", "step20-hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step10", "step10-hf", "step4-hf"]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota exceeded"),
+        (SafetensorError("Error while serializing: I/O error: full (os error 28)"), "No space left on device"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]), "No space left on device"),
+        (TimeoutError("timed out waiting to finalize checkpoint"), "a checkpoint is missing, as on a full disk"),
+        (CheckpointException("", {0: (OSError(28, "full"), None)}), "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_explained_however_it_is_reported(tmp_path, error, cause):
+    message = f"{cause}. Free space .*no checkpoint .* starts again"
+    with pytest.raises(CheckpointError, match=message), explained_write_errors(tmp_path):
+        raise error
+    make_step(tmp_path, "step10")
+    message = f"folder '{tmp_path}': .*{cause}.*step 10 is complete.*resumes from it"
+    with pytest.raises(CheckpointError, match=message), explained_write_errors(tmp_path):
+        raise RuntimeError("training failed") from error
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), explained_write_errors(tmp_path):
+        (tmp_path / "absent").read_text()
 
 
 def test_a_run_folder_has_one_writer(tmp_path):

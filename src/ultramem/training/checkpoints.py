@@ -4,7 +4,9 @@ A ``stepN`` folder is complete when its ``.metadata.json`` is there: OLMo-core w
 it first when a folder goes. Everything else in this module is arranged so that the newest complete one always exists.
 """
 
+import errno
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from transformers.utils import logging as hf_logging
 
 from ultramem.errors import CheckpointError
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def complete_steps(run_folder: Path) -> list[int]:
     """Steps of the complete training states in a run folder, ascending."""
@@ -31,14 +35,21 @@ def complete_steps(run_folder: Path) -> list[int]:
 def remove_leftovers(run_folder: Path) -> list[str]:
     """Removes what an interrupted run left half-written: incomplete ``stepN`` folders and temporary folders.
 
+    A model folder newer than the newest complete state goes too: its state was being written when the run was killed,
+    and until the resumed run is past that step it would be taken for the run's newest. Older ones without a state stay,
+    as do all where no state is left: no kill leaves those, so somebody chose to keep them.
+
     Returns:
         names of the removed folders.
     """
-    complete = {f"step{step}" for step in complete_steps(run_folder)}
+    steps = complete_steps(run_folder)
+    complete = {f"step{step}" for step in steps}
     removed = []
     for path in sorted(run_folder.glob("step*")) if run_folder.is_dir() else []:
         is_incomplete = re.fullmatch(r"step\d+", path.name) and path.name not in complete
-        if is_incomplete or re.fullmatch(r"step\d+(-tmp|-hf\.(tmp|old))", path.name):
+        export = re.fullmatch(r"step(\d+)-hf", path.name)
+        is_orphan = export is not None and bool(steps) and int(export[1]) > steps[-1]
+        if is_incomplete or is_orphan or re.fullmatch(r"step\d+(-tmp|-hf\.(tmp|old))", path.name):
             shutil.rmtree(path)
             removed.append(path.name)
     return removed
@@ -67,6 +78,40 @@ def exclusive_run_folder(run_folder: Path) -> Iterator[None]:
                 f"another process is training in '{run_folder}': wait for it, or set 'run.save_folder' to another one"
             ) from error
         yield
+
+
+@contextmanager
+def explained_write_errors(run_folder: Path) -> Iterator[None]:
+    """Turns a full or read-only disk under the run folder into a CheckpointError that says how the run goes on."""
+    try:
+        yield
+    # What PyTorch raises for a failed state is no Exception.
+    except BaseException as error:
+        if (cause := _disk_error(error)) is None:
+            raise
+        steps = complete_steps(run_folder)
+        kept = f"step {steps[-1]} is complete and kept" if steps else "no checkpoint is complete yet"
+        raise CheckpointError(
+            f"cannot write to the run folder '{run_folder}': {cause}. Free space on its disk and make it writable; "
+            f"{kept}, and the same command {'resumes from it' if steps else 'starts again'}"
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """What the file system refused, if that is where an error or one behind it comes from.
+
+    The number is searched in the text: safetensors, `shutil.copytree` and PyTorch's writer of states pass on the
+    system's error in their messages only.
+    """
+    while error is not None:
+        # OLMo-core writes a state's last file in a callback that swallows errors, and then misses the file.
+        if isinstance(error, TimeoutError) and "finalize checkpoint" in str(error):
+            return "the last file of a checkpoint is missing, as on a full disk"
+        for number in map(int, re.findall(r"(?:\[Errno|\(os error) (\d+)", str(error))):
+            if number in _DISK_ERRORS:
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def export_model(model: PreTrainedModel, tokenizer_folder: Path, target: Path) -> None:
