@@ -90,13 +90,22 @@ def test_vocabulary_and_special_tokens_come_from_the_data(write_config):
         ("model.memory.num_keys=many", r"'model.memory.num_keys' expects a whole number, but the text 'many'"),
         ("model.memory.projection=mean", r"'model.memory.projection' expects one of sum, project, but the text 'mean'"),
         ("optimizer.lr=0", r"'optimizer.lr' must be greater than 0, but 0.0 was given"),
+        ("optimizer.lr=.inf", r"'optimizer.lr' must be finite, but inf was given"),
+        ("optimizer.eps=.nan", r"'optimizer.eps' must be finite, but nan was given"),
+        ("optimizer.betas=[0.9,1.0]", r"'optimizer.betas' must be at least 0 and below 1, but \(0.9, 1.0\) was given"),
+        ("optimizer.betas=[-0.1,0.9]", r"'optimizer.betas' must be at least 0 and below 1, but \(-0.1, 0.9\)"),
+        ("run.seed=-1", r"'run.seed' must be between 0 and 4294967295, but -1 was given"),
+        ("run.seed=4294967296", r"'run.seed' must be between 0 and 4294967295, but 4294967296 was given"),
         ("optimizer.max_grad_norm=0", r"'optimizer.max_grad_norm' must be greater than 0, or null for no clipping"),
         ("schedule.final_factor=2", r"'schedule.final_factor' must be between 0 and 1, but 2.0 was given"),
         ("checkpoint.keep=0", r"'checkpoint.keep' must be at least 1, but 0 was given"),
         ("training.max_tokens=9", r"exactly one of 'training.max_tokens' and 'training.max_steps'.*max_tokens=9"),
         ("training.max_steps=null", r"exactly one of 'training.max_tokens' and 'training.max_steps'.*None"),
         ("training.micro_batch_sequences=3", r"'training.micro_batch_sequences' \(3\) must divide.*\(4\)"),
-        ("schedule.warmup_tokens=9", r"only one of 'schedule.warmup_tokens' and 'schedule.warmup_fraction'"),
+        (
+            "schedule.warmup_tokens=9",
+            r"only one of 'schedule.warmup_tokens' and .*: warmup_tokens=9, warmup_fraction=0.25",
+        ),
         ("training.table_gradients=rows", r"'training.table_gradients: rows' needs the row-wise table optimizer"),
         ("data.folder=null", r"'data.folder' is missing: give the folder that `ultramem data prepare` wrote"),
         ("data.folder.part=1", r"override 'data.folder.part': 'data.folder' is a value, not a section"),
@@ -114,7 +123,10 @@ def test_mistakes_are_named(write_config, override, message):
     [
         ("model.vocab_size=60", r"'model.vocab_size' is 60, but the tokenizer of .* has 64 tokens"),
         ("data.fingerprint=other", r"'data.fingerprint' is other, but .* has tiny-4096"),
-        ("data.sequence_length_tokens=65", r"max_position_embeddings' \(64\) is smaller than .* \(65\)"),
+        (
+            "data.sequence_length_tokens=65",
+            r"max_position_embeddings' \(64\) is smaller than .* \(65\): leave it out or give 65",
+        ),
     ],
 )
 def test_config_that_does_not_fit_the_data(write_config, override, message):
@@ -124,7 +136,11 @@ def test_config_that_does_not_fit_the_data(write_config, override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1\n- 2\n", "must hold sections"), ("a: [", "is not valid YAML"), (None, "cannot read the config")],
+    [
+        ("- 1\n- 2\n", r"must hold sections .* as in configs/demo.yaml, but it holds a list: \[1, 2\]"),
+        ("a: [", r"x.yaml' is not valid YAML, correct it there: (?s:.*)line 1"),
+        (None, "cannot read the config .*x.yaml': No such file.*Expected a YAML file"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     path = tmp_path / "x.yaml"

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ultramem.errors import ConfigError, DataError
 from ultramem.model import UltraMemForCausalLM
 from ultramem.model.roles import parameter_roles
-from ultramem.training.dry_run import estimate_memory, format_bytes, print_dry_run, summarize
+from ultramem.training.dry_run import estimate_memory, format_bytes, print_dry_run, resolve_dry_run, summarize
 from ultramem.training.run import model_config, resolve_config
 
 
@@ -52,6 +53,28 @@ def test_dry_run_prints_and_writes_nothing(config_path, capsys):
     assert "12 of 128 tokens" in text
     assert "1,536 (0.38 epochs)" in text
     assert not (config_path.parent / "run").exists()
+
+
+def test_dry_run_goes_without_data_that_are_not_prepared(config_path, capsys):
+    print_dry_run(*resolve_dry_run(config_path, ["data.folder=nowhere", "model.vocab_size=64"]))
+    text = capsys.readouterr().out
+    assert "vocab_size: 64" in text
+    assert "1,536" in text
+    assert "epochs" not in text
+    assert "The data are not prepared: there is no folder nowhere. A real run needs it (`ultramem data prep" in text
+
+
+def test_dry_run_reads_the_data_that_are_there(config_path):
+    config, manifest = resolve_dry_run(config_path, ["model.vocab_size=64"])
+    assert (config, manifest) == resolve_config(config_path)
+
+
+def test_dry_run_without_data_and_vocabulary_says_what_to_do(config_path):
+    with pytest.raises(DataError, match=r"no data folder 'nowhere'.*data prepare.*if 'model.vocab_size' is given"):
+        resolve_dry_run(config_path, ["data.folder=nowhere"])
+    too_long = ["data.folder=nowhere", "model.vocab_size=64", "data.sequence_length_tokens=65"]
+    with pytest.raises(ConfigError, match=r"max_position_embeddings' \(64\) is smaller"):
+        resolve_dry_run(config_path, too_long)
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(12, "12.0 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")])

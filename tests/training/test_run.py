@@ -1,5 +1,6 @@
 """Whole runs in this process: what they write, learn and refuse."""
 
+import errno
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter as FileSystemWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_training import metrics_lines, tiny_settings
@@ -107,6 +109,7 @@ def test_resolved_config_is_kept_with_the_run(finished_run):
         ),
         ("model.hidden_size=32", r"model.hidden_size: 16 → 32"),
         ("run.seed=4", r"run.seed: 3 → 4"),
+        ("data.sequence_length_tokens=16", r"data.sequence_length_tokens: 32 → 16"),
     ],
 )
 def test_a_run_folder_is_not_continued_with_another_model(finished_run, override, message):
@@ -120,6 +123,38 @@ def test_a_run_folder_is_not_continued_with_other_data(finished_run, data_folder
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "changed"}))
     with pytest.raises(CheckpointError, match=r"data\.fingerprint: tiny-4096 → changed"):
         train(*resolve_config(finished_run / "run.yaml", [f"data.folder={tmp_path / 'data'}"]))
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "model: {num_attention_heads: 3}\ndata: {folder: x}\n"])
+def test_a_run_folder_without_a_usable_config_is_not_continued(finished_run, tmp_path, content):
+    shutil.copytree(finished_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("config.yaml"))
+    if content is not None:
+        (tmp_path / "run" / "config.yaml").write_text(content)
+    message = r"run' holds step 40 of a run, but the run's own config.yaml .* restore that file .* or set 'run.save_fol"
+    with pytest.raises(CheckpointError, match=message):
+        train(*resolve_config(finished_run / "run.yaml", [f"run.save_folder={tmp_path / 'run'}"]))
+
+
+@pytest.mark.parametrize("save_async", ["true", "false"])
+def test_a_full_disk_ends_the_run_with_what_to_do(config_path, monkeypatch, save_async):
+    """The second state cannot be written; with room again, the same command resumes from the first."""
+    write = FileSystemWriter.write_data
+
+    def write_until_full(writer, *arguments):
+        if "step8" in str(writer.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(writer, *arguments)
+
+    command = (config_path, [f"checkpoint.save_async={save_async}"])
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_until_full)
+    with pytest.raises(CheckpointError) as error:
+        train(*resolve_config(*command))
+    monkeypatch.undo()
+    folder = config_path.parent / "run"
+    assert f"cannot write to the run folder '{folder}': No space left on device. Free space" in str(error.value)
+    assert "step 4 is complete and kept, and the same command resumes from it" in str(error.value)
+    assert train(*resolve_config(*command)).name == "step12-hf"
+    assert [line["step"] for line in metrics_lines(folder)] == list(range(1, 13))
 
 
 def test_a_damaged_metrics_line_is_dropped_on_resume(data_folder, tmp_path):
@@ -174,7 +209,7 @@ def test_several_processes_are_refused(config_path, monkeypatch):
 
 
 def test_missing_data_folder_is_named(config_path):
-    with pytest.raises(DataError, match=r"no data folder .*nowhere"):
+    with pytest.raises(DataError, match=r"no data folder 'nowhere'.*`ultramem data prepare SOURCE… --output nowhere"):
         resolve_config(config_path, ["data.folder=nowhere"])
 
 

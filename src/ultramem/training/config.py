@@ -4,6 +4,7 @@ Precedence: defaults here < the YAML file < ``a.b=c`` overrides. The sections ar
 model section is the keyword arguments of :class:`ultramem.model.UltraMemConfig`.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +156,10 @@ class RunConfig(Config):
                 f"given: max_tokens={self.training.max_tokens}, max_steps={self.training.max_steps}"
             )
         if self.schedule.warmup_tokens is not None and self.schedule.warmup_fraction is not None:
-            raise ConfigError("give only one of 'schedule.warmup_tokens' and 'schedule.warmup_fraction'")
+            raise ConfigError(
+                "give only one of 'schedule.warmup_tokens' and 'schedule.warmup_fraction'; given: "
+                f"warmup_tokens={self.schedule.warmup_tokens}, warmup_fraction={self.schedule.warmup_fraction}"
+            )
         if self.training.global_batch_sequences % self.micro_batch_sequences:
             raise ConfigError(
                 f"'training.micro_batch_sequences' ({self.micro_batch_sequences}) must divide "
@@ -180,20 +184,25 @@ def _check_ranges(config: RunConfig) -> None:
         "optimizer": ["lr", "eps", "table_lr_multiplier", "table_lr_decay_fraction"],
     }
     limits = {"optimizer": ["max_grad_norm", "table_max_grad_norm"]}
-    fractions = {"schedule": ["warmup_fraction", "warmup_start_factor", "final_factor"], "optimizer": ["betas"]}
-    not_negative = {"run": ["seed"], "optimizer": ["weight_decay"], "schedule": ["warmup_tokens"]}
+    fractions = {"schedule": ["warmup_fraction", "warmup_start_factor", "final_factor"]}
+    not_negative = {"optimizer": ["weight_decay"], "schedule": ["warmup_tokens"]}
     rules = [
         (at_least_one, lambda value: value >= 1, "at least 1"),
         (positive, lambda value: value > 0, "greater than 0"),
         (limits, lambda value: value > 0, "greater than 0, or null for no clipping"),
         (fractions, lambda value: 0 <= value <= 1, "between 0 and 1"),
         (not_negative, lambda value: value >= 0, "0 or greater"),
+        ({"optimizer": ["betas"]}, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        # NumPy's generators take no other seeds.
+        ({"run": ["seed"]}, lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}"),
     ]
     for names, is_valid, text in rules:
         for section, keys in names.items():
             for key in keys:
                 value = getattr(getattr(config, section), key)
                 values = value if isinstance(value, tuple) else (value,)
+                if any(isinstance(number, float) and not math.isfinite(number) for number in values):
+                    raise ConfigError(f"'{section}.{key}' must be finite, but {value} was given")
                 if any(number is not None and not is_valid(number) for number in values):
                     raise ConfigError(f"'{section}.{key}' must be {text}, but {value} was given")
 
@@ -214,11 +223,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except OSError as error:
         raise ConfigError(f"cannot read the config '{path}': {error.strerror}. Expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+        raise ConfigError(f"'{path}' is not valid YAML, correct it there: {error}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"'{path}' must hold sections (run, model, data, …), but it holds a {type(data).__name__}")
+        raise ConfigError(
+            f"'{path}' must hold sections (run, model, data, …) as in configs/demo.yaml, but it holds a "
+            f"{type(data).__name__}: {str(data)[:40]}"
+        )
     for key, value in parse_overrides(overrides):
         set_dotted(data, key, value)
     data = check_section(data, RunConfig)

@@ -1,14 +1,15 @@
 """What a run would be, without running it: resolved config, sizes, FLOPs, memory, tokens and steps."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ultramem.data.manifest import DataManifest
 from ultramem.model.accounting import cost_card
-from ultramem.training.config import RunConfig
-from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, model_config
+from ultramem.training.config import RunConfig, load_config
+from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, fit_positions, model_config, resolve_config
 
 FP32_BYTES = 4
 
@@ -26,6 +27,24 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Everything together."""
         return self.weights_bytes + self.gradients_bytes + self.moments_bytes + self.activations_bytes
+
+
+def resolve_dry_run(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[RunConfig, DataManifest | None]:
+    """Resolves a config as a run does, but goes without data that are not there yet if the vocabulary is given.
+
+    Returns:
+        the config, and the manifest or None.
+
+    Raises:
+        ConfigError, DataError: see :func:`ultramem.training.run.resolve_config`.
+    """
+    config = load_config(path, overrides)
+    if Path(config.data.folder or "").exists() or config.model.get("vocab_size") is None:
+        return resolve_config(path, overrides)
+    fit_positions(config)
+    return config, None
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
@@ -55,14 +74,15 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     )
 
 
-def summarize(config: RunConfig, manifest: DataManifest) -> list[tuple[str, str]]:
-    """The figures of a run as (name, text) rows."""
+def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[str, str]]:
+    """The figures of a run as (name, text) rows; without a manifest the number of epochs is left out."""
     card = cost_card(model_config(config))
     memory = estimate_memory(config)
     length = config.data.sequence_length_tokens
     # A token attends to half the sequence on average.
     forward_flops = card.flops_per_token(length // 2)
-    num_epochs = config.num_steps * config.global_batch_tokens / manifest.splits["train"].num_tokens
+    num_tokens = config.num_steps * config.global_batch_tokens
+    epochs = "" if manifest is None else f" ({num_tokens / manifest.splits['train'].num_tokens:.2f} epochs)"
     return [
         ("parameters", f"{card.total_parameters:,}"),
         ("dense parameters", f"{card.dense_parameters:,}"),
@@ -75,7 +95,7 @@ def summarize(config: RunConfig, manifest: DataManifest) -> list[tuple[str, str]
         ("memory: optimizer moments", format_bytes(memory.moments_bytes)),
         ("memory: activations, roughly", format_bytes(memory.activations_bytes)),
         ("memory: all", format_bytes(memory.total_bytes)),
-        ("tokens", f"{config.num_steps * config.global_batch_tokens:,} ({num_epochs:.2f} epochs)"),
+        ("tokens", f"{num_tokens:,}{epochs}"),
         ("steps", f"{config.num_steps:,} of {config.global_batch_tokens:,} tokens"),
     ]
 
@@ -89,8 +109,8 @@ def format_bytes(num_bytes: int) -> str:
     return f"{value:.1f} {units[0]}"
 
 
-def print_dry_run(config: RunConfig, manifest: DataManifest) -> None:
-    """Prints the resolved config and the figures."""
+def print_dry_run(config: RunConfig, manifest: DataManifest | None) -> None:
+    """Prints the resolved config and the figures, and without a manifest that the data are not prepared."""
     console = Console(soft_wrap=True)
     console.print(config_yaml(config), markup=False, highlight=False)
     table = Table(show_header=False)
@@ -99,3 +119,10 @@ def print_dry_run(config: RunConfig, manifest: DataManifest) -> None:
     for name, text in summarize(config, manifest):
         table.add_row(name, text)
     console.print(table)
+    if manifest is None:
+        console.print(
+            f"The data are not prepared: there is no folder {config.data.folder}. A real run needs it "
+            f"(`ultramem data prepare SOURCE… --output {config.data.folder} --tokenizer …`).",
+            markup=False,
+            highlight=False,
+        )

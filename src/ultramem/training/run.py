@@ -18,7 +18,7 @@ from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
 
 from ultramem.data.manifest import DataManifest, load_manifest
-from ultramem.errors import CheckpointError, ConfigError
+from ultramem.errors import CheckpointError, ConfigError, DataError
 from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
@@ -32,7 +32,13 @@ from ultramem.training.callbacks import (
     Throughput,
     Validation,
 )
-from ultramem.training.checkpoints import RunCheckpointer, complete_steps, exclusive_run_folder, remove_leftovers
+from ultramem.training.checkpoints import (
+    RunCheckpointer,
+    complete_steps,
+    exclusive_run_folder,
+    explained_write_errors,
+    remove_leftovers,
+)
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.train_module import UltraMemTrainModule
 
@@ -52,7 +58,14 @@ def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
         DataError: the data folder is missing or damaged.
     """
     config = load_config(path, overrides)
-    manifest = load_manifest(config.data.folder or "")
+    folder = Path(config.data.folder or "")
+    if not folder.exists():
+        raise DataError(
+            f"there is no data folder '{folder}' ('data.folder'): make it with `ultramem data prepare SOURCE… --output "
+            f"{folder} --tokenizer …` (the head of '{path}' may name the sources; for the demo: `make demo`); a dry "
+            "run goes without it if 'model.vocab_size' is given"
+        )
+    manifest = load_manifest(folder)
     given = config.model.get("vocab_size")
     if given is not None and given < manifest.vocab_size:
         raise ConfigError(
@@ -67,13 +80,18 @@ def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
     config.data.fingerprint = manifest.fingerprint
     for key in ("vocab_size", "eos_token_id", "pad_token_id"):
         config.model.setdefault(key, getattr(manifest, key))
+    fit_positions(config)
+    return config, manifest
+
+
+def fit_positions(config: RunConfig) -> None:
+    """Gives the model positions for the sequences; a ConfigError if it has too few."""
     length, positions = config.data.sequence_length_tokens, UltraMemConfig().max_position_embeddings
     if config.model.setdefault("max_position_embeddings", max(length, positions)) < length:
         raise ConfigError(
             f"'model.max_position_embeddings' ({config.model['max_position_embeddings']}) is smaller than "
-            f"'data.sequence_length_tokens' ({length})"
+            f"'data.sequence_length_tokens' ({length}): leave it out or give {length} or more, or shorten the sequences"
         )
-    return config, manifest
 
 
 def model_config(config: RunConfig) -> UltraMemConfig:
@@ -101,12 +119,16 @@ def train(config: RunConfig, manifest: DataManifest) -> Path | None:
         the newest model folder of the run.
 
     Raises:
-        CheckpointError: the run folder belongs to another model, data set or seed, or is in use.
+        CheckpointError: the run folder belongs to another model, data set or seed, is in use, or its disk is full.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training runs in one process: start it without torchrun, or with one process")
     run_folder = config.save_folder
-    with exclusive_run_folder(run_folder), _quiet_engine(run_folder / "train.log"):
+    with (
+        exclusive_run_folder(run_folder),
+        explained_write_errors(run_folder),
+        _quiet_engine(run_folder / "train.log"),
+    ):
         remove_leftovers(run_folder)
         check_resumable(config)
         _write_config(config, run_folder / "config.yaml")
@@ -121,13 +143,21 @@ def check_resumable(config: RunConfig) -> None:
     steps = complete_steps(config.save_folder)
     if not steps:
         return
-    saved = load_config(config.save_folder / "config.yaml")
+    try:
+        saved = load_config(config.save_folder / "config.yaml")
+        old = _flatten("model", model_config(saved).to_dict())
+    except ConfigError as error:
+        raise CheckpointError(
+            f"'{config.save_folder}' holds step {steps[-1]} of a run, but the run's own config.yaml in it, which every "
+            f"run writes at its start, cannot be used: restore that file from a copy, or set 'run.save_folder' to a "
+            f"new folder ({error})"
+        ) from error
     differences = []
-    old, new = (_flatten("model", model_config(each).to_dict()) for each in (saved, config))
-    for key in sorted(old.keys() | new.keys() - {"model.transformers_version"}):
+    new = _flatten("model", model_config(config).to_dict())
+    for key in sorted((old.keys() | new.keys()) - {"model.transformers_version"}):
         if old.get(key) != new.get(key):
             differences.append(f"{key}: {old.get(key)} → {new.get(key)}")
-    for section, key in (("data", "fingerprint"), ("run", "seed")):
+    for section, key in (("data", "fingerprint"), ("data", "sequence_length_tokens"), ("run", "seed")):
         before, now = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
         if before != now:
             differences.append(f"{section}.{key}: {before} → {now}")
@@ -229,12 +259,17 @@ def config_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.as_dict(json_safe=True), sort_keys=False, allow_unicode=True)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops what a full disk does not take: the error that ends the run is reported by itself."""
+
+
 @contextmanager
 def _quiet_engine(path: Path) -> Iterator[None]:
     """Sends OLMo-core's messages to a file of the run, so that the terminal shows progress only."""
     logger = logging.getLogger("olmo_core")
     level, propagate = logger.level, logger.propagate
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
