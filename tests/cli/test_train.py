@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ultramem.errors import ConfigError
+from ultramem.errors import ConfigError, DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -47,6 +47,18 @@ def test_dry_run_prints_the_figures_and_writes_nothing(invoke, overrides, tmp_pa
     assert {"table parameters", "FLOPs per token, training", "memory: all", "tokens", "steps"} <= shown
     assert yaml.safe_load(result.stdout.split("┌")[0])["training"]["max_steps"] == 3
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fresh_clone_has_a_dry_run_and_no_run(invoke, tmp_path):
+    arguments = ["train", CONFIGS / "demo.yaml", f"data.folder={tmp_path}/absent", "model.vocab_size=4096"]
+    result = invoke(*arguments, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "table parameters" in result.stdout
+    assert f"The data are not prepared: there is no folder {tmp_path}/absent." in result.stdout
+    error = invoke(*arguments).exception
+    assert isinstance(error, DataError)
+    assert f"make it with `ultramem data prepare SOURCE… --output {tmp_path}/absent --tokenizer …`" in str(error)
+    assert "for the demo: `make demo`" in str(error)
 
 
 def test_a_mistake_in_an_override_is_a_config_error(invoke, overrides):

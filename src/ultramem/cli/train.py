@@ -20,11 +20,10 @@ def train(
     from ultramem.training.run import resolve_config
     from ultramem.training.run import train as run_training
 
-    resolved, manifest = resolve_config(config, overrides or [])
     if dry_run:
-        from ultramem.training.dry_run import print_dry_run
+        from ultramem.training.dry_run import print_dry_run, resolve_dry_run
 
-        print_dry_run(resolved, manifest)
+        print_dry_run(*resolve_dry_run(config, overrides or []))
         return
-    model_folder = run_training(resolved, manifest)
+    model_folder = run_training(*resolve_config(config, overrides or []))
     typer.echo(f"model: {model_folder}")
