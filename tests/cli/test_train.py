@@ -1,6 +1,8 @@
 """``ultramem train`` from the command line."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,28 @@ def test_a_mistake_in_an_override_is_a_config_error(invoke, overrides):
     result = invoke("train", CONFIGS / "demo.yaml", *overrides, "optimizer.lrr=1")
     assert isinstance(result.exception, ConfigError)
     assert "did you mean 'optimizer.lr'?" in str(result.exception)
+
+
+def test_without_the_packages_of_the_extra_it_says_what_to_install():
+    """In an interpreter of its own: here the modules are imported already."""
+    script = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'olmo_core':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        f"sys.argv = ['ultramem', 'train', {str(CONFIGS / 'demo.yaml')!r}, '--dry-run']\n"
+        "from ultramem.cli import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == "Error: training needs the package olmo_core: pip install 'ultramem[train]'\n"
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(invoke, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ultramem.training.run", None)
+    result = invoke("train", CONFIGS / "demo.yaml")
+    assert isinstance(result.exception, ModuleNotFoundError)
+    assert result.exception.name == "ultramem.training.run"
