@@ -2,7 +2,7 @@ import datasets
 import pytest
 
 from ultramem.data import corpora, packages
-from ultramem.data.corpora import iterate_documents, source_signature
+from ultramem.data.corpora import iterate_documents, source_signature, tokenizer_signature
 from ultramem.errors import DataError
 
 
@@ -141,3 +141,14 @@ def test_signature_follows_the_files(tmp_path):
     assert before[1] != after[1]
     assert source_signature("owner/stories") == ""
     assert source_signature("factbook") == "0.1.2"
+
+
+def test_signature_of_a_folder_is_that_of_what_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = source_signature(str(tmp_path)), tokenizer_signature(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert source_signature(str(tmp_path)) == before[0]
+    assert tokenizer_signature(str(tmp_path)) != before[1]
+    (tmp_path / "b.MD").write_text("two")
+    assert source_signature(str(tmp_path)) != before[0]
+    assert tokenizer_signature("train:4096") == ""

@@ -97,6 +97,29 @@ def test_existing_data_from_other_arguments(tmp_path, text_folder, tokenizer_fol
     assert second.fingerprint != first.fingerprint
 
 
+def test_output_below_its_source_is_no_change_of_the_source(tmp_path, text_folder, tokenizer_folder):
+    first = run(text_folder / "data", [text_folder], tokenizer_folder)
+    config = PrepareConfig((str(text_folder),), tokenizer=str(tokenizer_folder))
+    assert prepare(config, text_folder / "data") == (first, False)
+
+
+@pytest.mark.parametrize("place", ["source", "tokenizer", "output"])
+def test_names_too_long_for_the_system(tmp_path, text_folder, tokenizer_folder, place):
+    paths = {"source": str(text_folder), "tokenizer": str(tokenizer_folder), "output": str(tmp_path / "data")}
+    paths[place] = str(tmp_path / ("x" * 300))
+    with pytest.raises(DataError, match=r"File name too long: .*xxx.*; nothing was written"):
+        run(paths["output"], [paths["source"]], paths["tokenizer"])
+
+
+def test_source_that_may_not_be_looked_at(tmp_path, text_folder, tokenizer_folder, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("ultramem.data.corpora.text_files", refused)
+    with pytest.raises(DataError, match=r"Permission denied: .*texts; nothing was written"):
+        run(tmp_path / "data", [text_folder], tokenizer_folder)
+
+
 def test_changed_source_is_noticed(tmp_path, text_folder, tokenizer_folder):
     run(tmp_path / "data", [text_folder], tokenizer_folder)
     (text_folder / "new.txt").write_text("one more")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ultramem.data import factbook, facts
 from ultramem.data.documents import Document
-from ultramem.data.files import ROW_SUFFIXES, TEXT_SUFFIXES, iterate_path
+from ultramem.data.files import ROW_SUFFIXES, TEXT_SUFFIXES, iterate_path, text_files
 from ultramem.data.packages import package_folder
 from ultramem.errors import DataError
 
@@ -43,13 +43,31 @@ def source_signature(source: str) -> str:
         source: as for `iterate_documents`.
 
     Returns:
-        A digest of names, sizes and times of the files behind a path; the version of the package behind a named corpus;
-        an empty string for a data set of the hub.
+        A digest of names, sizes and times of the files that are read of a path; the version of the package behind a
+        named corpus; an empty string for a data set of the hub.
+
+    Raises:
+        OSError: the path cannot be looked at.
     """
     if source in NAMED_CORPORA:
         return _VERSIONS[source]
     path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    # Only what is read counts: a data folder that was put below its own source leaves the source the same.
+    return _files_signature(text_files(path) if path.is_dir() else [path] if path.exists() else [])
+
+
+def tokenizer_signature(tokenizer: str) -> str:
+    """The same for a tokenizer's folder or file; an empty string for another tokenizer.
+
+    Raises:
+        OSError: the path cannot be looked at.
+    """
+    path = Path(tokenizer)
+    return _files_signature(sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else [])
+
+
+def _files_signature(files: list[Path]) -> str:
+    """A digest of names, sizes and times; an empty string for no files."""
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16] if states else ""
 

@@ -15,6 +15,11 @@ TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
+def text_files(folder: Path) -> list[Path]:
+    """The files below a folder that are read as text, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
+
+
 def iterate_path(path: Path, text_field: str) -> Iterator[Document]:
     """Documents of a file, or of every text file below a folder in the order of their paths.
 
@@ -31,7 +36,7 @@ def iterate_path(path: Path, text_field: str) -> Iterator[Document]:
             is needed and not installed.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
+        files = text_files(path)
         if not files:
             raise DataError(f"the folder {path} holds no .txt or .md file; name a .jsonl or .parquet file by itself")
         for file in files:

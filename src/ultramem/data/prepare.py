@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast
 
 from ultramem.data import tokenizer as tokenizers
-from ultramem.data.corpora import iterate_documents, source_signature
+from ultramem.data.corpora import iterate_documents, source_signature, tokenizer_signature
 from ultramem.data.documents import Document
 from ultramem.data.manifest import (
     MANIFEST_NAME,
@@ -93,13 +93,15 @@ def prepare(
         DataError: a source, the tokenizer or the output cannot be used, or the disk is full; nothing was written.
     """
     output = Path(output)
-    arguments = {
-        **asdict(config),
-        "sources": list(config.sources),
-        "source_signatures": [source_signature(source) for source in config.sources],
-        "tokenizer_signature": source_signature(config.tokenizer),
-    }
-    if _is_up_to_date(output, arguments, overwrite):
+    with _system_errors(output):
+        arguments = {
+            **asdict(config),
+            "sources": list(config.sources),
+            "source_signatures": [source_signature(source) for source in config.sources],
+            "tokenizer_signature": tokenizer_signature(config.tokenizer),
+        }
+        is_up_to_date = _is_up_to_date(output, arguments, overwrite)
+    if is_up_to_date:
         return load_manifest(output), False
     with _system_errors(output), staged_folder(output) as stage, _progress(show_progress) as progress:
         content = _fill(stage, config, progress)
