@@ -51,16 +51,21 @@ def check_comparable(config_files: dict[str, Path], overrides: list[str]) -> tup
     Returns:
         Length of a training window in tokens, and steps of each run.
     """
+    from ultramem.errors import UltraMemError
     from ultramem.model import cost_card
     from ultramem.training.run import model_config, resolve_config
 
-    configs = {name: resolve_config(file, overrides)[0] for name, file in config_files.items()}
+    try:
+        configs = {name: resolve_config(file, overrides)[0] for name, file in config_files.items()}
+        cards = {name: cost_card(model_config(config)) for name, config in configs.items()}
+    except UltraMemError as error:
+        raise SystemExit(f"Error: {error}") from None
     read = {(config.data.sequence_length_tokens, config.num_steps, config.num_tokens) for config in configs.values()}
     if len(read) > 1:
         raise SystemExit(f"the models do not read the same text (window, steps, tokens): {sorted(read)}")
     length_tokens, num_steps, _ = read.pop()
     # A token attends to half of its window on average.
-    flops = {n: cost_card(model_config(config)).flops_per_token(length_tokens // 2) for n, config in configs.items()}
+    flops = {name: card.flops_per_token(length_tokens // 2) for name, card in cards.items()}
     if max(flops.values()) > (1 + MAX_FLOPS_DIFFERENCE) * min(flops.values()):
         raise SystemExit(f"the models differ by more than {MAX_FLOPS_DIFFERENCE:.0%} in FLOPs per token: {flops}")
     return length_tokens, num_steps

@@ -50,6 +50,22 @@ def test_the_demo_compares_models_of_equal_cost(tmp_path, monkeypatch):
     assert run.check_comparable(configs, [*overrides, "training.max_tokens=null"]) == (128, 7)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", r"Error: unknown key 'optimizer.lrr': did you mean 'optimizer.lr'\?"),
+        ("model.num_attention_heads=5", r"Error: .*hidden_size \(96\) must be a multiple of"),
+    ],
+)
+def test_a_wrong_override_is_one_line(tmp_path, monkeypatch, override, message):
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import run
+
+    configs = {name: ROOT / file for name, file in run.MODELS.items()}
+    with pytest.raises(SystemExit, match=message):
+        run.check_comparable(configs, [f"data.folder={make_data(tmp_path)}", override])
+
+
 def test_a_run_that_stopped_early_is_not_compared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
     import run
