@@ -97,7 +97,8 @@ def start_training(config_path: Path, *overrides: str) -> multiprocessing.Proces
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ultramem.training.run", "tiny_training"])
-    process = context.Process(target=_train_quietly, args=(config_path, list(overrides)))
+    # A daemon ends with the tests, also where an assertion leaves it running.
+    process = context.Process(target=_train_quietly, args=(config_path, list(overrides)), daemon=True)
     process.start()
     return process
 
@@ -111,10 +112,20 @@ def _train_quietly(config_path: Path, overrides: list[str]) -> None:
 
 def run_training(config_path: Path, *overrides: str) -> None:
     """Trains to the end in a process of its own."""
-    process = start_training(config_path, *overrides)
-    process.join(120)
+    finish_training(start_training(config_path, *overrides), config_path)
+
+
+def finish_training(process: multiprocessing.Process, config_path: Path, timeout_s: float = 600) -> None:
+    """Waits for a training to end well; one that hangs is killed. The limit is for hanging only, not for slowness."""
+    process.join(timeout_s)
+    is_hanging = process.is_alive()
+    if is_hanging:
+        process.kill()
+        process.join()
     log = Path(config_path).with_suffix(".log")
-    assert process.exitcode == 0, log.read_text()
+    text = log.read_text() if log.exists() else "no output"
+    assert not is_hanging, f"the training did not end within {timeout_s:g} s and was killed: {text}"
+    assert process.exitcode == 0, f"the training ended with status {process.exitcode}: {text}"
 
 
 def training_state(step_folder: Path, scratch: Path) -> dict[str, Any]:

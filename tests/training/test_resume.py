@@ -12,6 +12,7 @@ import yaml
 
 from tiny_training import (
     assert_same_state,
+    finish_training,
     metrics_lines,
     run_training,
     start_training,
@@ -19,6 +20,9 @@ from tiny_training import (
     training_state,
 )
 from ultramem.training.checkpoints import complete_steps
+
+# Longer than any wait on a machine that is merely busy.
+HANGING_S = 300
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -54,26 +58,31 @@ def test_resumed_run_equals_uninterrupted_run(data_folder, tmp_path, precision):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_the_same_command_resumes(data_folder, tmp_path, signal_number):
     settings = tiny_settings(data_folder, tmp_path / "run")
-    settings["training"]["max_steps"] = 60
+    # So many steps that the signal comes long before the last.
+    settings["training"]["max_steps"] = 600
     settings["checkpoint"] = {"interval_steps": None, "keep": 1}
+    settings["validation"]["interval_steps"] = None
+    settings["logging"]["memory_interval_steps"] = None
     config_path = tmp_path / "run.yaml"
     config_path.write_text(yaml.safe_dump(settings))
     process = start_training(config_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
+    end_s = time.monotonic() + HANGING_S
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.is_alive(), config_path.with_suffix(".log").read_text()
+        assert time.monotonic() < end_s, "the run did not get to its third step"
         time.sleep(0.005)
     os.kill(process.pid, signal_number)
-    process.join(60)
-    assert process.exitcode == 0
+    finish_training(process, config_path)
     (step,) = complete_steps(tmp_path / "run")
-    assert 3 <= step < 60
+    assert 3 <= step < 600
     assert (tmp_path / "run" / f"step{step}-hf" / "model.safetensors").is_file()
     log = config_path.with_suffix(".log").read_text()
-    assert f"stopped at step {step} of 60: saved; the same command resumes from there" in log
-    run_training(config_path)
-    assert complete_steps(tmp_path / "run") == [60]
-    assert [line["step"] for line in metrics_lines(tmp_path / "run")] == list(range(1, 61))
+    assert f"stopped at step {step} of 600: saved; the same command resumes from there" in log
+    # Five steps more tell as much as all 600.
+    run_training(config_path, f"training.max_steps={step + 5}")
+    assert complete_steps(tmp_path / "run") == [step + 5]
+    assert [line["step"] for line in metrics_lines(tmp_path / "run")] == list(range(1, step + 6))
 
 
 def test_finished_run_started_again_changes_nothing(config_path):
@@ -95,20 +104,37 @@ def _is_writing(run_folder: Path) -> bool:
     )
 
 
-def _wait_for_the_moment(run_folder: Path, process, delay_s: float, while_writing: bool) -> None:
-    """Waits ``delay_s``, but no longer than 30 steps, and then, if asked, for a state that is being written."""
-    start, end_s = max(complete_steps(run_folder), default=0), time.monotonic() + delay_s
-    while time.monotonic() < end_s and max(complete_steps(run_folder), default=0) < start + 30:
+def _newest(run_folder: Path) -> int:
+    return max(complete_steps(run_folder), default=0)
+
+
+def _freeze_at_the_moment(run_folder: Path, process, delay_s: float, moment: str) -> None:
+    """Stops the process after ``delay_s`` or 20 steps, or later: as soon as the moment has come.
+
+    A process that is frozen cannot finish what it was seen doing before it is killed, however busy the machine is.
+
+    Args:
+        moment: "any", "writing" (a training state is half-written), "progress" (a new one is complete).
+    """
+    start, end_s = _newest(run_folder), time.monotonic() + delay_s
+    while time.monotonic() < end_s and _newest(run_folder) < start + 20:
         time.sleep(0.01)
-    end_s = time.monotonic() + 10
-    while while_writing and time.monotonic() < end_s and process.is_alive() and not _is_writing(run_folder):
-        pass
+    end_s = time.monotonic() + HANGING_S
+    while True:
+        assert process.is_alive(), "the run ended before it could be killed"
+        os.kill(process.pid, signal.SIGSTOP)
+        has_come = {"any": True, "writing": _is_writing(run_folder), "progress": _newest(run_folder) > start}[moment]
+        if has_come:
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        assert time.monotonic() < end_s, f"the moment '{moment}' did not come"
+        time.sleep(0.002)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_async", [True, False])
 def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_async):
-    """SIGKILL at random moments, half of them while a training state is being written, loses no complete state."""
+    """SIGKILL at random moments, some while a training state is being written, loses no complete state."""
     settings = tiny_settings(data_folder, tmp_path / "whole")
     settings["training"] |= {"max_steps": 400, "global_batch_sequences": 2, "micro_batch_sequences": 1}
     settings["validation"] = {"interval_steps": 50}
@@ -124,12 +150,12 @@ def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_a
     newest, num_half_written = 0, 0
     for attempt in range(10):
         process = start_training(config_path)
-        _wait_for_the_moment(run_folder, process, rng.uniform(0.5, 2.5), while_writing=attempt % 2 == 1)
-        assert process.is_alive(), "the run ended before it could be killed"
-        seen = max(complete_steps(run_folder), default=0)
+        moment = ("any", "writing", "progress")[attempt % 3]
+        _freeze_at_the_moment(run_folder, process, rng.uniform(0.5, 2.5), moment)
+        seen = _newest(run_folder)
         process.kill()
         process.join()
-        found = max(complete_steps(run_folder), default=0)
+        found = _newest(run_folder)
         assert found >= seen >= newest
         newest = found
         num_half_written += _is_writing(run_folder)
