@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def test_models_of_unequal_cost_are_not_compared(tmp_path, monkeypatch):
     configs = {"memory": tmp_path / "memory.yaml", "dense": tmp_path / "dense.yaml"}
     for name, file in configs.items():
         text = (ROOT / "configs" / ("demo.yaml" if name == "memory" else "demo_dense.yaml")).read_text(encoding="utf-8")
-        file.write_text(text.replace("intermediate_size: 320", "intermediate_size: 512"), encoding="utf-8")
+        width = "512" if name == "dense" else r"\1"
+        file.write_text(re.sub(r"(?<=intermediate_size: )(\d+)", width, text), encoding="utf-8")
     data = make_data(tmp_path)
     with pytest.raises(SystemExit, match="differ by more than 1% in FLOPs per token"):
         run.check_comparable(configs, [f"data.folder={data}"])
