@@ -20,6 +20,10 @@ def test_there_are_two_snippets(snippets):
     assert len(snippets) == 2
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"^[A-Z]+(_[A-Z]+)+$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
 def test_building_a_layer(snippets):
     names: dict = {}
     exec(compile(snippets[0], "README.md", "exec"), names)
