@@ -35,7 +35,13 @@ def count_slot_reads(
         for input_ids_BT, _ in iterate_windows(
             token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens
         ):
-            output = model(input_ids=input_ids_BT.to(model.device), use_cache=False, output_memory_statistics=True)
+            # Nobody reads the logits: those of one position are the fewest that can be asked for.
+            output = model(
+                input_ids=input_ids_BT.to(model.device),
+                use_cache=False,
+                logits_to_keep=1,
+                output_memory_statistics=True,
+            )
             for counts_S, statistics in zip(counts, output.memory_statistics, strict=True):
                 counts_S += statistics["slots_NK"].flatten().cpu().bincount(minlength=len(counts_S))
     finally:

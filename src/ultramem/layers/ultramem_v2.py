@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ultramem.layers.retrieval import TuckerRetrieval
+from ultramem.layers.retrieval import TuckerRetrieval, is_loaded
 from ultramem.layers.table import MemoryPool, RingWindow
 from ultramem.layers.ultramem_v2_config import UltraMemV2Config
 
@@ -87,8 +87,9 @@ class UltraMemV2(nn.Module):
         else:
             query_std, out_std = config.key_dim**-0.5, config.pooled_dim**-0.5
             pre_std, gain = self.hidden_size**-0.5, config.key_dim**-0.4
-        generator = torch.Generator().manual_seed(config.shuffle_seed * 1_000_003 + self.memory_index)
-        init.copy_(self.permutation, torch.randperm(self.num_slots, generator=generator, device="cpu").to(torch.int32))
+        if not is_loaded(self.permutation):
+            generator = torch.Generator().manual_seed(config.shuffle_seed * 1_000_003 + self.memory_index)
+            self.permutation.copy_(torch.randperm(self.num_slots, generator=generator, device="cpu"))
         init.normal_(self.out_proj.weight, std=out_std)
         if self.pre_proj is not None:
             init.normal_(self.pre_proj.weight, std=pre_std)

@@ -125,10 +125,14 @@ class UltraMemV2Config:
 
     def dense_parameters(self, hidden_size: int, num_memories: int) -> int:
         """Weights of one layer that every token reads: projections, keys, norms, cores."""
+        norms_and_cores = 2 * self.key_dim + self.num_cores * self.num_heads * self.rank**2
+        return self._matmul_weights(hidden_size, num_memories) + norms_and_cores
+
+    def _matmul_weights(self, hidden_size: int, num_memories: int) -> int:
+        """Weights that enter one multiply-add per token: the linear layers and the keys."""
         queries = 2 * self.key_dim * (self.rank if self.query_per_rank else 1)
-        linears = hidden_size * (queries + self.pre_value_dim + self.pooled_dim)
         keys = self.num_heads * 2 * self.side(num_memories) * self.key_dim * self.rank
-        return linears + keys + 2 * self.key_dim + self.num_cores * self.num_heads * self.rank**2
+        return hidden_size * (queries + self.pre_value_dim + self.pooled_dim) + keys
 
     def table_parameters(self, num_memories: int) -> int:
         """Elements of the pool that L layers share."""
@@ -145,11 +149,13 @@ class UltraMemV2Config:
 
     def flops_per_token(self, hidden_size: int, num_memories: int) -> int:
         """Multiply-adds of one layer's forward, counted as two: projections, scores, search, lookups."""
-        side, rank, heads = self.side(num_memories), self.rank, self.num_heads
-        queries = 2 * self.key_dim * (rank if self.query_per_rank else 1)
-        linears = hidden_size * (queries + self.pre_value_dim + self.pooled_dim)
-        fine_scores = heads * 2 * side * self.key_dim * rank
         search = product_topk_macs(
-            side, rank, heads, self.num_cores, self.top_k, self.resolved_coarse_top_k(num_memories), self.search
+            self.side(num_memories),
+            self.rank,
+            self.num_heads,
+            self.num_cores,
+            self.top_k,
+            self.resolved_coarse_top_k(num_memories),
+            self.search,
         )
-        return 2 * (linears + fine_scores + search + self.table_elements_per_token())
+        return 2 * (self._matmul_weights(hidden_size, num_memories) + search + self.table_elements_per_token())

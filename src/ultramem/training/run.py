@@ -108,7 +108,7 @@ def model_config(config: RunConfig) -> UltraMemConfig:
         raise ConfigError(f"the section 'model' does not describe a model: {error}") from error
 
 
-def train(config: RunConfig, manifest: DataManifest) -> Path | None:
+def train(config: RunConfig, manifest: DataManifest) -> Path:
     """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
 
     Args:
