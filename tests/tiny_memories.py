@@ -19,9 +19,9 @@ VARIANTS = {
     "more_cores_and_ranks": {"num_cores": 3, "rank": 3},
     "heads": {"num_heads": 3},
     "query_per_rank": {"query_per_rank": True, "num_heads": 2, "rank": 3},
-    "shared_window": {"share_ratio": 0.7},
+    "shared_window": {"tables": "ring", "share_ratio": 0.7},
     "expansion_summed": {"key_expansion": 2},
-    "expansion_projected": {"key_expansion": 2, "projection": "project", "num_heads": 2, "share_ratio": 0.5},
+    "expansion_projected": {"key_expansion": 2, "projection": "project", "num_heads": 2, "tables": "ring", "share_ratio": 0.5},
     "no_pre_values": {"pre_value_dim": 0},
     "gelu": {"pre_value_activation": "gelu"},
     "wide_top_k": {"top_k": 9, "coarse_top_k": 3},
@@ -100,5 +100,5 @@ DECODERS = {
     "blocks": {"memory": {"placement": [0, 2], "num_heads": 2}},
     "spans": {"memory": {"placement": "0:2/0:1/1:2/2:2"}},
     "losses": {"memory": {"key_balance_weight": 0.1, "tucker_penalty_weight": 0.2, "tucker_penalty_margin": 0.0}},
-    "untied": {"tie_word_embeddings": False, "memory": {"share_ratio": 0.7, "key_expansion": 2}},
+    "untied": {"tie_word_embeddings": False, "memory": {"tables": "ring", "share_ratio": 0.7, "key_expansion": 2}},
 }

@@ -3,15 +3,35 @@
 Importing this package registers the model with transformers' Auto classes.
 """
 
-from ultramem.layers import MemoryPool, UltraMemV2, UltraMemV2Config
+from ultramem.layers import (
+    PEER,
+    PKM,
+    MemoryPlus,
+    MemoryPlusConfig,
+    MemoryPool,
+    PEERConfig,
+    PKMConfig,
+    UltraMem,
+    UltraMemLayerConfig,
+    UltraMemV2,
+    UltraMemV2Config,
+)
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PEER",
+    "PKM",
+    "MemoryPlus",
+    "MemoryPlusConfig",
     "MemoryPool",
+    "PEERConfig",
+    "PKMConfig",
+    "UltraMem",
     "UltraMemConfig",
     "UltraMemForCausalLM",
+    "UltraMemLayerConfig",
     "UltraMemModel",
     "UltraMemV2",
     "UltraMemV2Config",

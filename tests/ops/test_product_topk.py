@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from naive_operators import naive_product_topk
 from tolerances import assert_close
-from ultramem.ops import check_search, product_topk, product_topk_macs, product_topk_reference
+from ultramem.ops import check_search, product_topk, product_topk_flops, product_topk_reference
 from ultramem.ops.product_topk import num_candidates
 
 
@@ -185,13 +185,13 @@ def test_counts_the_flops_of_the_definition(search, top_k, coarse_top_k):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as reference:
         product_topk_reference(*operands, top_k, coarse_top_k, search)
     assert registered.get_total_flops() == reference.get_total_flops()
-    macs = product_topk_macs(7, 2, 2, 3, top_k, coarse_top_k, search)
-    assert registered.get_total_flops() == 2 * 4 * macs
+    flops = product_topk_flops(7, 2, 2, 3, top_k, coarse_top_k, search)
+    assert registered.get_total_flops() == 4 * flops
 
 
-def test_macs_by_hand():
+def test_flops_by_hand():
     # coarse 2·8·2, grid 3·2² + 3²·2, selected 4·3·(2² + 2); two heads
-    assert product_topk_macs(8, 2, 2, 3, 4, 3, "two_stage") == 2 * (32 + 30 + 72)
+    assert product_topk_flops(8, 2, 2, 3, 4, 3, "two_stage") == 2 * 2 * (32 + 30 + 72)
 
 
 @pytest.mark.parametrize(

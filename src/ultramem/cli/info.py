@@ -52,11 +52,9 @@ def _size_table(folder: Path, config: UltraMemConfig, card: CostCard) -> Table:
     table.add_row("vocabulary", f"{config.vocab_size:,}{' (tied)' if config.tie_word_embeddings else ''}")
     table.add_row("positions", f"{config.max_position_embeddings:,}")
     if (memory := config.memory_config) is not None:
+        table.add_row("memory", f"{memory.type}, {memory.position}, {memory.tables} tables")
         table.add_row(
-            "memory", f"{memory.type}, {memory.search} search, {memory.num_cores} cores of rank {memory.rank}"
-        )
-        table.add_row(
-            "rows of the pool, shared by", f"{card.num_memories * memory.num_keys**2:,}, {card.num_memories} memories"
+            "rows of the pool, shared by", f"{memory.num_rows(card.num_memories):,}, {card.num_memories} memories"
         )
     table.add_section()
     table.add_row("dense parameters", f"{card.dense_parameters:,}")
@@ -89,13 +87,14 @@ def _layer_table(config: UltraMemConfig) -> Table:
             table.add_row(str(block), str(config.intermediate_size), *["–"] * 5)
             continue
         side = memory.side(len(spans))
+        ffn = "–" if block in config.replaced_blocks else str(config.intermediate_size)
         for number, span in enumerate(here):
             table.add_row(
-                *((str(block), str(config.intermediate_size)) if number == 0 else ("", "")),
+                *((str(block), ffn) if number == 0 else ("", "")),
                 f"{span.start} → {span.end}",
                 f"{side**2:,}",
                 f"2 × {side:,}",
-                f"{memory.key_dim}, {memory.value_dim}, {memory.pre_value_dim}",
+                ", ".join(map(str, (memory.key_dim, *memory.row_widths(config.hidden_size)))),
                 f"{memory.top_k} · {memory.num_heads}",
             )
     return table

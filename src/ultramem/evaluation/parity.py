@@ -7,27 +7,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ultramem.errors import CheckpointError
-from ultramem.layers import MemoryPool, UltraMemV2, UltraMemV2Config
+from ultramem.errors import CheckpointError, ConfigError
+from ultramem.evaluation.released import RELEASED_LAYERS, ReleasedLayer, build, gradients, places
+from ultramem.layers import MemoryLayer, MemoryPool
 from ultramem.layers.retrieval import Retrieved
+from ultramem.layers.tucker_memory import TuckerMemory
 
 ABSOLUTE_TOLERANCE = 1e-5
 RELATIVE_TOLERANCE = 1e-4
-
-# Published name → attribute of our layer or of its pool.
-_PUBLISHED_TENSORS = {
-    "keys": "retrieval.keys",
-    "query_proj.weight": "retrieval.query_proj.weight",
-    "query_norm.weight": "retrieval.query_norm",
-    "keys_norm.weight": "retrieval.key_norm",
-    "pre_values_proj.weight": "pre_proj.weight",
-    "values_proj.weight": "out_proj.weight",
-    "shuffle_index": "permutation",
-    "tucker_core_u": "retrieval.row_direction",
-    "tucker_core_v": "retrieval.col_direction",
-    "values_for_look_up": "values",
-    "pre_values_for_look_up": "pre_values",
-}
 
 
 @dataclass(frozen=True)
@@ -69,86 +56,49 @@ def check_fixture(path: Path) -> ParityReport:
         raise CheckpointError(
             f"{path} cannot be read as a safetensors fixture: {error}. Name a fixture file, or copy it again."
         ) from None
-    builders = {"ultramem_v2": _check_ultramem_v2}
     layer = settings.get("layer", "")
-    if layer not in builders:
+    if layer not in RELEASED_LAYERS:
         raise CheckpointError(
             f"{path} is no fixture of a layer that is built here: its header names layer {layer!r}; known: "
-            f"{', '.join(builders)}. Name fixtures of known layers only."
+            f"{', '.join(RELEASED_LAYERS)}. Name fixtures of known layers only."
         )
     remedy = "Write the fixture again, header and tensors from one run (tests/golden/README.md)."
     try:
-        return builders[layer](path, settings, tensors)
+        return _check(path, layer, settings, tensors)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}, which a fixture of {layer} must hold. {remedy}") from None
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} is no consistent fixture of {layer}: {error} {remedy}") from None
 
 
-def ultramem_v2_config(settings: dict[str, str]) -> UltraMemV2Config:
-    """The layer's settings from a fixture's header, in released names."""
-    expansion, virtual = int(settings["mem_key_expand_time"]), int(settings["value_expand_time"])
-    return UltraMemV2Config(
-        num_keys=int(settings["knum"]),
-        key_dim=int(settings["kdim"]),
-        value_dim=int(settings["vdim"]),
-        pre_value_dim=int(settings["pre_vdim"]),
-        top_k=int(settings["knn"]),
-        num_heads=int(settings["head"]),
-        num_cores=int(settings["tucker_multihead"]),
-        rank=int(settings["tucker_rank"]),
-        key_expansion=expansion,
-        projection="project" if virtual > 1 else "sum",
-        share_ratio=float(settings["share_ratio"]),
-        query_per_rank=settings["mem_q_for_each_tucker_rank"] == "True",
-        pre_value_activation="gelu" if settings["mem_use_glu_act"] == "True" else None,
-        key_balance_weight=float(settings["mem_key_balance_reg_coef"]),
-    )
-
-
-def _load(layer: UltraMemV2, pool: MemoryPool, tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Fill the layer and its pool; returns every parameter under its published name ('x' excluded)."""
-    parameters: dict[str, nn.Parameter] = {}
-    ours = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **dict(pool.named_parameters())}
-    places = {published: ours[name] for published, name in _PUBLISHED_TENSORS.items() if name in ours}
-    places |= {f"tucker_core.{index}": core for index, core in enumerate(layer.retrieval.cores.detach())}
+def _load(released: ReleasedLayer, layer: MemoryLayer, pool: MemoryPool, tensors: dict[str, Tensor]) -> set[str]:
+    """Fill the layer and its pool; returns the published names of what was filled."""
+    targets, filled = places(released, layer, pool), set()
     with torch.no_grad():
-        # A fixture without affine norms has no gains: they are one.
-        nn.init.ones_(layer.retrieval.query_norm)
-        nn.init.ones_(layer.retrieval.key_norm)
+        if isinstance(layer, TuckerMemory):
+            # A fixture without affine norms has no gains: they are one.
+            nn.init.ones_(layer.retrieval.query_norm)
+            nn.init.ones_(layer.retrieval.key_norm)
         for name, value in tensors.items():
             kind, _, published = name.partition(".")
             if kind not in ("param", "buffer"):
                 continue
-            target = places.get(published)
+            target = targets.get(published)
             if target is None:
                 raise ValueError(f"it holds {name}, which the layer that its header describes does not have.")
             if value.numel() != target.numel():
                 raise ValueError(f"{name} has shape {list(value.shape)}, its header asks for {list(target.shape)}.")
             target.copy_(value.view(target.shape))
-            if isinstance(target, nn.Parameter):
-                parameters[published] = target
-    return parameters
+            filled.add(published)
+    return filled
 
 
-def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, Tensor]) -> ParityReport:
-    config = ultramem_v2_config(settings)
-    num_memories = int(settings["mem_layer_num"])
-    pool = UltraMemV2.make_pool(config, num_memories)
-    layer = UltraMemV2(int(settings["hidden_size"]), config, num_memories, int(settings["layer_id"])).eval()
-    failures = [
-        f"{name} is {ours} here and {settings[name]} in the fixture"
-        for name, ours in {
-            "rows_total": layer.window.num_rows,
-            "rows_window": layer.window.size,
-            "window_offset": layer.window.offset,
-            "keys_per_axis": layer.retrieval.keys.shape[2],
-        }.items()
-        if ours != int(settings[name])
-    ]
+def _check(path: Path, name: str, header: dict[str, str], tensors: dict[str, Tensor]) -> ParityReport:
+    released = RELEASED_LAYERS[name]
+    layer, pool, failures = build(released, header)
     if failures:
-        return ParityReport(path, "ultramem_v2", float("nan"), float("nan"), tuple(failures))
-    parameters = _load(layer, pool, tensors)
+        return ParityReport(path, name, float("nan"), float("nan"), tuple(failures))
+    filled = _load(released, layer, pool, tensors)
     if not tensors["in.x"].shape == tensors["in.grad_y"].shape == (*tensors["in.x"].shape[:-1], layer.hidden_size):
         raise ValueError(f"in.x and in.grad_y must both be [..., {layer.hidden_size}].")
 
@@ -159,48 +109,53 @@ def _check_ultramem_v2(path: Path, settings: dict[str, str], tensors: dict[str, 
     with torch.no_grad():
         retrieved = layer.retrieval(x.reshape(-1, layer.hidden_size))
     checks = {"output": (result.output, tensors["out.y"])}
-    if "out.tucker_aux_loss" in tensors:
-        checks["tucker_aux_loss"] = (layer.retrieval.tucker_penalty(0.15), tensors["out.tucker_aux_loss"].squeeze())
-    if "out.balance_loss" in tensors:
-        checks["balance_loss"] = (layer.retrieval.key_balance(retrieved), tensors["out.balance_loss"].squeeze())
-    num_other, score_pair = _compare_retrieval(retrieved, tensors)
+    if isinstance(layer, TuckerMemory):
+        if "out.tucker_aux_loss" in tensors:
+            checks["tucker_aux_loss"] = (layer.retrieval.tucker_penalty(0.15), tensors["out.tucker_aux_loss"].squeeze())
+        if "out.balance_loss" in tensors:
+            checks["balance_loss"] = (layer.retrieval.key_balance(retrieved), tensors["out.balance_loss"].squeeze())
+    num_other, score_pair = _compare_retrieval(retrieved, released, tensors)
     if num_other:
         failures.append(f"{num_other} tokens select other slots")
     if score_pair is not None:
         checks["scores"] = score_pair
 
-    gradients = {"x": (x.grad, tensors["grad.x"])}
-    for name, parameter in parameters.items():
-        gradients[name] = (parameter.grad, tensors[f"grad.{name}"])
-    for core in range(config.num_cores):
-        gradients[f"tucker_core.{core}"] = (layer.retrieval.cores.grad[core], tensors[f"grad.tucker_core.{core}"])
-    gradients = {f"grad.{name}": pair for name, pair in gradients.items()}
-    for name, (ours, published) in {**checks, **gradients}.items():
-        if ours.shape != published.shape:
-            raise ValueError(f"{name} has shape {list(published.shape)}, its header asks for {list(ours.shape)}.")
-        excess = (ours - published).abs() - ABSOLUTE_TOLERANCE - RELATIVE_TOLERANCE * published.abs()
+    gradient_pairs = {"grad.x": (x.grad, tensors["grad.x"])}
+    for published, gradient in gradients(released, layer, pool).items():
+        if published in filled:
+            assert gradient is not None
+            expected = tensors[f"grad.{published}"]
+            if expected.numel() == gradient.numel():
+                expected = expected.view(gradient.shape)
+            gradient_pairs[f"grad.{published}"] = (gradient, expected)
+    for compared, (ours, theirs) in {**checks, **gradient_pairs}.items():
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{compared} has shape {list(theirs.shape)}, its header asks for {list(ours.shape)}.")
+        excess = (ours - theirs).abs() - ABSOLUTE_TOLERANCE - RELATIVE_TOLERANCE * theirs.abs()
         if not (excess <= 0).all():
-            failures.append(f"{name} differs by up to {_largest_error(ours, published):.2e}")
+            failures.append(f"{compared} differs by up to {_largest_error(ours, theirs):.2e}")
     return ParityReport(
         path,
-        "ultramem_v2",
+        name,
         _largest_error(*checks["output"]),
-        float(torch.tensor([_largest_error(*pair) for pair in gradients.values()]).max()),
+        float(torch.tensor([_largest_error(*pair) for pair in gradient_pairs.values()]).max()),
         tuple(failures),
     )
 
 
-def _compare_retrieval(retrieved: Retrieved, tensors: dict[str, Tensor]) -> tuple[int, tuple[Tensor, Tensor] | None]:
+def _compare_retrieval(
+    retrieved: Retrieved, released: ReleasedLayer, tensors: dict[str, Tensor]
+) -> tuple[int, tuple[Tensor, Tensor] | None]:
     """Tokens that select other slots, and the scores [N, H·k, cores] of both sides in one order; None if not held."""
     slots, scores = retrieved.slots_NHK.flatten(1), retrieved.scores_NHKC.flatten(1, 2)
-    published_slots = tensors.get("out.virtual_indices_before_shuffle")
-    published_scores = tensors.get("out.scores")
-    for name, ours, published in (
-        ("out.virtual_indices_before_shuffle", slots, published_slots),
-        ("out.scores", scores, published_scores),
-    ):
-        if published is not None and published.shape != ours.shape:
-            raise ValueError(f"{name} must be {list(ours.shape)}, is {list(published.shape)}.")
+    names = (f"out.{released.slots}", f"out.{released.scores}")
+    published = [tensors.get(name) for name in names]
+    for index, (name, ours) in enumerate(zip(names, (slots, scores), strict=True)):
+        theirs = published[index]
+        if theirs is not None and theirs.numel() != ours.numel():
+            raise ValueError(f"{name} must be {list(ours.shape)}, is {list(theirs.shape)}.")
+        published[index] = None if theirs is None else theirs.reshape(ours.shape)
+    published_slots, published_scores = published
     if published_slots is None:
         # Without slots nothing says which score is whose: a core's scores of a token agree in sorted order at least.
         pair = None if published_scores is None else (scores.sort(1).values, published_scores.sort(1).values)

@@ -2,30 +2,50 @@
 
 from typing import NamedTuple
 
+from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, draw_pool
+from ultramem.layers.memory_plus import MemoryPlus, MemoryPlusConfig
+from ultramem.layers.peer import PEER, PEERConfig
+from ultramem.layers.pkm import PKM, PKMConfig
 from ultramem.layers.placement import Span, parse_placement
 from ultramem.layers.table import MemoryPool, RingWindow
-from ultramem.layers.ultramem_v2 import MemoryOutput, UltraMemV2, table_std
-from ultramem.layers.ultramem_v2_config import UltraMemV2Config
+from ultramem.layers.ultramem import UltraMem, UltraMemLayerConfig
+from ultramem.layers.ultramem_v2 import UltraMemV2, UltraMemV2Config
 
 
 class MemoryType(NamedTuple):
     """A kind of memory: its settings and its layer."""
 
-    config: type[UltraMemV2Config]
-    layer: type[UltraMemV2]
+    config: type[MemoryConfig]
+    layer: type[MemoryLayer]
 
 
-MEMORY_TYPES: dict[str, MemoryType] = {"ultramem_v2": MemoryType(UltraMemV2Config, UltraMemV2)}
+MEMORY_TYPES: dict[str, MemoryType] = {
+    "ultramem_v2": MemoryType(UltraMemV2Config, UltraMemV2),
+    "ultramem": MemoryType(UltraMemLayerConfig, UltraMem),
+    "memory_plus": MemoryType(MemoryPlusConfig, MemoryPlus),
+    "pkm": MemoryType(PKMConfig, PKM),
+    "peer": MemoryType(PEERConfig, PEER),
+}
 
 
 __all__ = [
     "MEMORY_TYPES",
+    "PEER",
+    "PKM",
+    "MemoryConfig",
+    "MemoryLayer",
     "MemoryOutput",
+    "MemoryPlus",
+    "MemoryPlusConfig",
     "MemoryPool",
+    "PEERConfig",
+    "PKMConfig",
     "RingWindow",
     "Span",
+    "UltraMem",
+    "UltraMemLayerConfig",
     "UltraMemV2",
     "UltraMemV2Config",
+    "draw_pool",
     "parse_placement",
-    "table_std",
 ]

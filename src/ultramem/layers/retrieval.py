@@ -1,7 +1,7 @@
-"""Tucker-decomposed query-key retrieval: from a token to the scored slots of a product-key grid."""
+"""Query-key retrieval: from a token to the scored slots of a product-key grid, with additive or Tucker scores."""
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ultramem.ops.precision import accumulation_dtype, without_autocast
 NORM_EPSILON = 1e-5
 # Tokens of the simulation that sets the norm gains: the mean score's standard error is then well under one percent.
 _SIMULATED_TOKENS = 512
+# Weight of a batch in the running statistics of batch-normalised queries.
+_BATCH_MOMENTUM = 0.1
 
 
 def rms_normalize(x: Tensor, gain: Tensor, dim: int) -> Tensor:
@@ -30,6 +32,22 @@ def is_loaded(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def _simulated_inputs(weight: Tensor, seed: int) -> Tensor:
+    """Standard normal inputs [tokens, D] for a query projection, in its dtype."""
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    inputs = torch.randn(_SIMULATED_TOKENS, weight.shape[1], generator=generator, device=weight.device)
+    return inputs.to(weight.dtype)
+
+
+def _typical_score(scores: Tensor) -> float:
+    """Mean of the selected scores, by which gains are set.
+
+    Where nearly the whole grid is selected it is about zero, or below, and no gain brings it to 1: the scores' spread
+    then bounds the gain.
+    """
+    return max(float(scores.mean()), 0.1 * float(scores.std()))
+
+
 class Retrieved(NamedTuple):
     """Slots that the tokens selected: scores [N, H, K, C] and grid indices [N, H, K], with the search's inputs."""
 
@@ -37,6 +55,132 @@ class Retrieved(NamedTuple):
     slots_NHK: Tensor
     row_scores_NHSr: Tensor
     col_scores_NHSr: Tensor
+
+
+class AdditiveRetrieval(nn.Module):
+    """Product keys with additive scores, a query and keys for each head (Lample et al., arXiv 1907.05242).
+
+    score(i, j) = ⟨K_row[i], q_row⟩ + ⟨K_col[j], q_col⟩, after the norms that are switched on.
+
+    Args:
+        hidden_size: D.
+        num_keys: S, keys per side.
+        key_dim: kd.
+        num_heads: H.
+        top_k: slots per token and head.
+        query_bias: a bias in the query projection.
+        query_norm: None, ``rms`` over each half of a query, or ``batch``: batch norm of every query feature, with
+            running statistics in evaluation.
+        key_norm: RMS norm of the keys.
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {
+        "keys": "key",
+        "query_norm": "norm",
+        "query_shift": "norm",
+        "key_norm": "norm",
+    }
+    query_norm: nn.Parameter | None
+    query_shift: nn.Parameter | None
+    key_norm: nn.Parameter | None
+    query_mean: Tensor | None
+    query_variance: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_keys: int,
+        key_dim: int,
+        num_heads: int,
+        top_k: int,
+        query_bias: bool,
+        query_norm: Literal["rms", "batch"] | None,
+        key_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.query_proj = nn.Linear(hidden_size, num_heads * 2 * key_dim, bias=query_bias)
+        width = {None: 0, "rms": key_dim, "batch": self.query_proj.out_features}[query_norm]
+        self.register_parameter("query_norm", nn.Parameter(torch.empty(width)) if query_norm else None)
+        batch = query_norm == "batch"
+        self.register_parameter("query_shift", nn.Parameter(torch.empty(width)) if batch else None)
+        self.register_buffer("query_mean", torch.empty(width) if batch else None)
+        self.register_buffer("query_variance", torch.empty(width) if batch else None)
+        self.register_parameter("key_norm", nn.Parameter(torch.empty(key_dim)) if key_norm else None)
+        self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim))
+
+    @torch.no_grad()
+    def reset_parameters(self, simulate_gains: bool) -> None:
+        """Draw keys from U(±1/√(2·kd)), the query projection Xavier-uniform with zero bias; gains are one.
+
+        Args:
+            simulate_gains: set the norms' gains so that the mean selected score of standard normal inputs is 1.
+        """
+        bound = (2 * self.keys.shape[3]) ** -0.5
+        init.uniform_(self.keys, -bound, bound)
+        init.xavier_uniform_(self.query_proj.weight)
+        if self.query_proj.bias is not None:
+            init.zeros_(self.query_proj.bias)
+        if self.query_shift is not None:
+            for tensor in (self.query_shift, self.query_mean):
+                init.zeros_(tensor)
+            init.ones_(self.query_variance)
+        gains = [gain for gain in (self.query_norm, self.key_norm) if gain is not None]
+        for gain in gains:
+            init.ones_(gain)
+        if simulate_gains and gains and not any(is_loaded(gain) for gain in gains):
+            value = _typical_score(self.simulate()) ** (-1 / len(gains))
+            for gain in gains:
+                init.constant_(gain, value)
+
+    @torch.no_grad()
+    def simulate(self, seed: int = 0) -> Tensor:
+        """Selected scores [tokens, H, K, 1] of standard normal inputs, with the present weights.
+
+        Batch norm takes the inputs' own statistics, and keeps its running ones.
+        """
+        return self._retrieve(_simulated_inputs(self.query_proj.weight, seed), simulated=True).scores_NHKC
+
+    def forward(self, x_ND: Tensor) -> Retrieved:
+        """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
+        return self._retrieve(x_ND)
+
+    def _retrieve(self, x_ND: Tensor, simulated: bool = False) -> Retrieved:
+        return self._search(self.query_proj(x_ND), simulated)
+
+    @without_autocast
+    def _search(self, query_NQ: Tensor, simulated: bool) -> Retrieved:
+        num_heads, _, side, key_dim = self.keys.shape
+        query_NQ = query_NQ.to(accumulation_dtype(query_NQ))
+        if self.query_shift is not None:
+            query_NQ = self._batch_normalize(query_NQ, simulated)
+        query_NH2d = query_NQ.view(-1, num_heads, 2, key_dim)
+        if self.query_norm is not None and self.query_shift is None:
+            query_NH2d = rms_normalize(query_NH2d, self.query_norm, dim=-1)
+        keys_H2Sd = self.keys if self.key_norm is None else rms_normalize(self.keys, self.key_norm, dim=3)
+        scores_NH2S = torch.einsum("nhcd,hcsd->nhcs", query_NH2d, keys_H2Sd.to(query_NH2d.dtype))
+        row_NHS1, col_NHS1 = scores_NH2S[:, :, 0, :, None], scores_NH2S[:, :, 1, :, None]
+        # Additive scores: any m ≥ min(k, S) is exact.
+        scores, slots = product_topk(row_NHS1, col_NHS1, top_k=self.top_k, coarse_top_k=min(self.top_k, side))
+        return Retrieved(scores, slots, row_NHS1, col_NHS1)
+
+    def _batch_normalize(self, query_NQ: Tensor, simulated: bool) -> Tensor:
+        gain, shift, mean, variance = self.query_norm, self.query_shift, self.query_mean, self.query_variance
+        assert gain is not None and shift is not None and mean is not None and variance is not None
+        # Fewer than two tokens have no statistics.
+        if (self.training or simulated) and query_NQ.shape[0] > 1:
+            batch_variance, batch_mean = torch.var_mean(query_NQ, dim=0, correction=0)
+            if not simulated:
+                for running, batch in ((mean, batch_mean), (variance, batch_variance)):
+                    running.lerp_(batch.detach().to(running.dtype), _BATCH_MOMENTUM)
+            mean, variance = batch_mean, batch_variance
+        scale = torch.rsqrt(variance.to(query_NQ.dtype) + NORM_EPSILON) * gain.to(query_NQ.dtype)
+        return (query_NQ - mean.to(query_NQ.dtype)) * scale + shift.to(query_NQ.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        heads, _, side, key_dim = self.keys.shape
+        return f"heads={heads}, keys={side}, key_dim={key_dim}, top_k={self.top_k}"
 
 
 class TuckerRetrieval(nn.Module):
@@ -55,7 +199,7 @@ class TuckerRetrieval(nn.Module):
         top_k: slots per token and head.
         coarse_top_k: keys that each side keeps before the grid is scored.
         search: see `ultramem.ops.product_topk`.
-        query_per_rank: a query of its own for every rank (UltraMemV2).
+        num_queries: queries per side: one for all ranks, or one for every rank (UltraMemV2).
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {
@@ -80,11 +224,11 @@ class TuckerRetrieval(nn.Module):
         top_k: int,
         coarse_top_k: int,
         search: Search,
-        query_per_rank: bool,
+        num_queries: int,
     ) -> None:
         super().__init__()
         self.key_dim, self.top_k, self.coarse_top_k, self.search = key_dim, top_k, coarse_top_k, search
-        self.num_queries = rank if query_per_rank else 1
+        self.num_queries = num_queries
         self.query_proj = nn.Linear(hidden_size, 2 * self.num_queries * key_dim, bias=False)
         self.query_norm = nn.Parameter(torch.empty(key_dim))
         self.key_norm = nn.Parameter(torch.empty(key_dim))
@@ -140,10 +284,8 @@ class TuckerRetrieval(nn.Module):
             # A loaded half decides the sign, and comes out as it was.
             self.refresh()
         if norm_gain is None and not is_loaded(self.query_norm):
-            # Scores are of degree two in each gain. Where nearly the whole grid is selected their mean is about zero,
-            # or below, and no gain brings it to 1: their spread then bounds the gain.
-            scores = self.simulate(gains=1.0)
-            norm_gain = max(float(scores.mean()), 0.1 * float(scores.std())) ** -0.25
+            # Scores are of degree two in each gain.
+            norm_gain = _typical_score(self.simulate(gains=1.0)) ** -0.25
         if norm_gain is not None:
             init.constant_(self.query_norm, norm_gain)
             init.constant_(self.key_norm, norm_gain)
@@ -158,12 +300,10 @@ class TuckerRetrieval(nn.Module):
             seed: of the inputs.
         """
         weight = self.query_proj.weight
-        generator = torch.Generator(device=weight.device).manual_seed(seed)
-        x_ND = torch.randn(_SIMULATED_TOKENS, weight.shape[1], generator=generator, device=weight.device)
         query_gain, key_gain = (
             (torch.full_like(gain, gains) if gains is not None else gain) for gain in (self.query_norm, self.key_norm)
         )
-        return self._retrieve(x_ND.to(weight.dtype), query_gain, key_gain).scores_NHKC
+        return self._retrieve(_simulated_inputs(weight, seed), query_gain, key_gain).scores_NHKC
 
     def forward(self, x_ND: Tensor) -> Retrieved:
         """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""

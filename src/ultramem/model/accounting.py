@@ -48,7 +48,9 @@ class CostCard:
         config, memory = self.config, self.config.memory_config
         elements: float = self.dense_parameters - self.embedding_parameters + batch_size * config.hidden_size
         if memory is not None:
-            elements += self.num_memories * memory.table_elements_per_step(batch_size, self.num_memories)
+            elements += self.num_memories * memory.table_elements_per_step(
+                batch_size, config.hidden_size, self.num_memories
+            )
         assert config.num_key_value_heads is not None
         key_value_dim = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
         elements += batch_size * context_length_tokens * 2 * key_value_dim * config.num_hidden_layers
@@ -69,10 +71,11 @@ def cost_card(config: UltraMemConfig) -> CostCard:
     memory_dense = memory_table = memory_active = memory_flops = 0
     if memory is not None:
         memory_dense = num_memories * memory.dense_parameters(hidden, num_memories)
-        memory_table = memory.table_parameters(num_memories)
-        memory_active = num_memories * memory.table_elements_per_token()
+        memory_table = memory.table_parameters(hidden, num_memories)
+        memory_active = num_memories * memory.table_elements_per_token(hidden)
         memory_flops = num_memories * memory.flops_per_token(hidden, num_memories)
-    matmul = blocks * (attention_linear + ffn) + vocabulary
+    num_ffns = blocks - len(config.replaced_blocks)
+    matmul = blocks * attention_linear + num_ffns * ffn + vocabulary
     embedding = 0 if config.tie_word_embeddings else vocabulary
     dense = matmul + embedding + blocks * (attention_bias + norms) + hidden + memory_dense
     return CostCard(

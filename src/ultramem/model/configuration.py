@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from ultramem.errors import ConfigError
-from ultramem.layers import MEMORY_TYPES, Span, UltraMemV2Config, parse_placement
+from ultramem.layers import MEMORY_TYPES, MemoryConfig, Span, parse_placement
 
 _POSITIVE_SIZES = (
     "vocab_size",
@@ -23,7 +23,7 @@ _POSITIVE_SIZES = (
 )
 
 
-def make_memory_config(settings: dict[str, Any]) -> UltraMemV2Config:
+def make_memory_config(settings: dict[str, Any]) -> MemoryConfig:
     """Build the typed settings of a memory from a mapping whose ``type`` names a kind of memory.
 
     Raises:
@@ -128,6 +128,8 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             self.memory = asdict(memory)
             spans = parse_placement(memory.placement, self.num_hidden_layers)
             memory.check_sizes(len(spans))
+            # Sizes that need the model's width.
+            memory.dense_parameters(self.hidden_size, len(spans))
         # transformers reads the scaling of older files from `rope_scaling`, and its kind from `type`.
         rope = self.rope_parameters or kwargs.get("rope_scaling") or {}
         if isinstance(rope, dict):
@@ -135,7 +137,7 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
-    def memory_config(self) -> UltraMemV2Config | None:
+    def memory_config(self) -> MemoryConfig | None:
         """The typed settings of the memories, None for a dense decoder."""
         return None if self.memory is None else make_memory_config(self.memory)
 
@@ -144,6 +146,25 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """One span of blocks per memory, in the memories' order; empty for a dense decoder."""
         memory = self.memory_config
         return [] if memory is None else parse_placement(memory.placement, self.num_hidden_layers)
+
+    @property
+    def replaced_blocks(self) -> set[int]:
+        """Blocks without an FFN: a memory that starts there takes its place."""
+        memory = self.memory_config
+        replace = memory is not None and memory.position == "replace"
+        return {span.start for span in self.memory_spans} if replace else set()
+
+    @property
+    def layer_types(self) -> list[str] | None:
+        """What the cache keeps for each block, in transformers' words; None for keys and values everywhere.
+
+        Blocks with memories whose queries look back also keep the latest inputs of their memories.
+        """
+        memory = self.memory_config
+        if memory is None or not memory.num_past_tokens:
+            return None
+        starts = {span.start for span in self.memory_spans}
+        return ["hybrid" if block in starts else "full_attention" for block in range(self.num_hidden_layers)]
 
     @property
     def linear_std(self) -> float:

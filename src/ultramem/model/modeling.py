@@ -1,4 +1,4 @@
-"""The decoder: OLMoE's attention, norms and rotary embedding, a SwiGLU FFN, and memories beside it."""
+"""The decoder and the language model: blocks, the pool of rows that their memories read, initialisation, loss."""
 
 import math
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeMLP, OlmoeRMSNorm, OlmoeRotaryEmbedding
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ultramem.errors import ConfigError
-from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool, UltraMemV2, table_std
+from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, draw_pool
 from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
+from ultramem.model.block import UltraMemDecoderLayer
 from ultramem.model.configuration import UltraMemConfig
 
 
@@ -60,60 +60,6 @@ class UltraMemCausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     auxiliary_losses: dict[str, Tensor] | None = None
     memory_statistics: tuple[dict[str, Tensor], ...] | None = None
-
-
-class UltraMemDecoderLayer(GradientCheckpointingLayer):
-    """One block: x ← x + attention(norm(x)); h = norm(x); x ← x + ffn(h) + memories that end here.
-
-    Args:
-        config: the decoder's settings.
-        layer_idx: the block's number.
-    """
-
-    def __init__(self, config: UltraMemConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.self_attn = OlmoeAttention(config, layer_idx=layer_idx)  # type: ignore[arg-type]
-        self.mlp = OlmoeMLP(config)  # type: ignore[no-untyped-call]
-        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        spans, memory_config = config.memory_spans, config.memory_config
-        starting = [(index, span) for index, span in enumerate(spans) if span.start == layer_idx]
-        self.memory_ends = [span.end for _, span in starting]
-        self.memories = nn.ModuleList()
-        if memory_config is not None:
-            layer = MEMORY_TYPES[memory_config.type].layer
-            self.memories.extend(layer(config.hidden_size, memory_config, len(spans), index) for index, _ in starting)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        arriving: tuple[Tensor, ...] = (),
-        pool: MemoryPool | None = None,
-        output_memory_statistics: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, tuple[MemoryOutput, ...]]:
-        """Run the block.
-
-        Args:
-            hidden_states: [B, T, D].
-            arriving: results [B, T, D] of memories that started in earlier blocks and end here.
-            pool: the rows of the memories.
-            output_memory_statistics: passed to the memories.
-            **kwargs: passed to the attention (mask, cache, position embeddings, and what serving engines add).
-
-        Returns:
-            The hidden states, and the results of the memories that start here.
-        """
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        results = tuple(memory(normed, pool, return_statistics=output_memory_statistics) for memory in self.memories)
-        hidden_states = hidden_states + self.mlp(normed)
-        here = [result.output for result, end in zip(results, self.memory_ends, strict=True) if end == self.layer_idx]
-        for output in (*here, *arriving):
-            hidden_states = hidden_states + output
-        return hidden_states, results
 
 
 class UltraMemPreTrainedModel(PreTrainedModel):
@@ -176,8 +122,12 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UltraMemDecoderLayer):
             scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.self_attn.o_proj.weight, std=scaled)
-            init.normal_(module.mlp.down_proj.weight, std=scaled)
-        elif isinstance(module, UltraMemV2):
+            if module.mlp is not None:
+                init.normal_(module.mlp.down_proj.weight, std=scaled)
+        elif isinstance(module, nn.Conv1d):
+            # The memory that owns it draws it.
+            pass
+        elif isinstance(module, MemoryLayer):
             module.reset_parameters()
         elif isinstance(module, UltraMemModel):
             module.reset_pool()
@@ -197,15 +147,15 @@ class UltraMemModel(UltraMemPreTrainedModel):
         self.memory_pool: MemoryPool | None = None
         if (memory := config.memory_config) is not None:
             layer = MEMORY_TYPES[memory.type].layer
-            self.memory_pool = layer.make_pool(memory, len(config.memory_spans), std=None)
+            self.memory_pool = layer.make_pool(config.hidden_size, memory, len(config.memory_spans), draw=False)
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
-    def memories(self) -> list[UltraMemV2]:
+    def memories(self) -> list[MemoryLayer]:
         """The memory layers, in the order of their spans."""
         blocks = cast(list[UltraMemDecoderLayer], list(self.layers))
-        return [cast(UltraMemV2, memory) for block in blocks for memory in block.memories]
+        return [cast(MemoryLayer, memory) for block in blocks for memory in block.memories]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UltraMemModel":
         # transformers loads the rotary frequencies in fp32 whatever the dtype; a cast must not make them bf16, in which
@@ -221,7 +171,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
     def refresh_retrieval(self) -> None:
         """Recompute every memory's coarse directions from its cores; call after each optimizer step."""
         for memory in self.memories:
-            memory.retrieval.refresh()
+            memory.refresh_retrieval()
 
     def set_table_gradients(self, mode: TableGradients) -> None:
         """Choose how the pool's gradients are kept: ``dense`` or ``rows`` (see `MemoryPool`)."""
@@ -231,17 +181,11 @@ class UltraMemModel(UltraMemPreTrainedModel):
     @torch.no_grad()
     def reset_pool(self) -> None:
         """Draw the pool's rows with the standard deviation that the config's scheme asks for."""
-        pool, memory = self.memory_pool, self.config.memory_config
-        if pool is None or memory is None or pool.values.is_meta:
+        pool = self.memory_pool
+        if pool is None or pool.values.is_meta or all(is_loaded(table) for table in pool.parameters()):
             return
-        if all(is_loaded(table) for table in pool.parameters()):
-            return
-        variances = [float(layer.retrieval.simulate().var()) for layer in self.memories]
         ffn_ratio = self.config.intermediate_size / self.config.hidden_size
-        variance = sum(variances) / len(variances)
-        pool.reset_parameters(
-            table_std(memory, self.config.hidden_size, ffn_ratio, self.config.num_hidden_layers, variance)
-        )
+        draw_pool(pool, self.memories, self.config.num_hidden_layers, ffn_ratio)
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
@@ -286,6 +230,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         carried: list[tuple[int, Tensor]] = []
         losses: dict[str, Tensor] = {}
@@ -296,6 +241,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 arriving=tuple(output for end, output in carried if end == block.layer_idx),
                 pool=self.memory_pool,
                 output_memory_statistics=output_memory_statistics,
+                padding_mask=padding_mask,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,

@@ -7,7 +7,7 @@ from ultramem.ops.product_topk import (
     check_search,
     coarse_candidates,
     product_topk,
-    product_topk_macs,
+    product_topk_flops,
     product_topk_reference,
 )
 from ultramem.ops.row_gradients import RowContribution, RowGradients
@@ -24,7 +24,7 @@ __all__ = [
     "gather_dot",
     "gather_dot_reference",
     "product_topk",
-    "product_topk_macs",
+    "product_topk_flops",
     "product_topk_reference",
     "scatter",
     "scatter_reference",

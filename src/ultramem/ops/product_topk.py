@@ -1,4 +1,4 @@
-"""product_topk: the two-stage search for the best slots of a product-key grid with Tucker scores."""
+"""product_topk: the two-stage search for the best slots of a product-key grid, with additive or Tucker scores."""
 
 import math
 from typing import Literal, get_args
@@ -24,10 +24,15 @@ def num_candidates(search: Search, side: int, coarse_top_k: int) -> int:
     return coarse_top_k**2
 
 
-def product_topk_macs(
-    side: int, rank: int, num_heads: int, num_cores: int, top_k: int, coarse_top_k: int, search: Search
+def product_topk_flops(
+    side: int, rank: int, num_heads: int, num_cores: int | None, top_k: int, coarse_top_k: int, search: Search
 ) -> int:
-    """Multiply-adds of the search per token: coarse scores, candidate grid, per-core scores of the selected slots."""
+    """FLOPs of the search per token: coarse scores, candidate grid, per-core scores of the selected slots.
+
+    A multiply-add counts as two. ``num_cores`` None is for additive scores: one addition per candidate and per slot.
+    """
+    if num_cores is None:
+        return num_heads * (num_candidates(search, side, coarse_top_k) + top_k)
     if search == "exact":
         quadrants, coarse = [side], 0
     elif search == "signed":
@@ -35,7 +40,7 @@ def product_topk_macs(
     else:
         quadrants, coarse = [coarse_top_k], 2 * side * rank
     grid = sum(keys * rank**2 + keys**2 * rank for keys in quadrants)
-    return num_heads * (coarse + grid + top_k * num_cores * (rank**2 + rank))
+    return 2 * num_heads * (coarse + grid + top_k * num_cores * (rank**2 + rank))
 
 
 def check_search(search: str, side: int, top_k: int, coarse_top_k: int) -> None:
@@ -67,10 +72,22 @@ def take_keys(scores_NHSr: Tensor, keys_NHK: Tensor) -> Tensor:
     return scores_NHSr.gather(2, keys_NHK[..., None].expand(*keys_NHK.shape, scores_NHSr.shape[3]))
 
 
+def _score_pairs(row_NHmr: Tensor, col_NHmr: Tensor, core_Hrr: Tensor | None) -> Tensor:
+    """The selection score of every pair of a row and a column key: [N, H, m, m]."""
+    if core_Hrr is None:
+        return row_NHmr + col_NHmr.transpose(2, 3)
+    return torch.einsum("nhir,hrq,nhjq->nhij", row_NHmr, core_Hrr, col_NHmr)
+
+
+def _coarse_scores(scores_NHSr: Tensor, direction_Hr: Tensor | None) -> Tensor:
+    """What the coarse stage ranks one side's keys by: [N, H, S]."""
+    return scores_NHSr[..., 0] if direction_Hr is None else torch.einsum("nhsr,hr->nhs", scores_NHSr, direction_Hr)
+
+
 def _best_of_quadrants(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
-    core_Hrr: Tensor,
+    core_Hrr: Tensor | None,
     row_quadrants: list[Tensor],
     col_quadrants: list[Tensor],
     top_k: int,
@@ -79,7 +96,7 @@ def _best_of_quadrants(
     scores, row_positions, col_positions, start = [], [], [], 0
     for rows_NHm, cols_NHm in zip(row_quadrants, col_quadrants, strict=True):
         row_NHmr, col_NHmr = take_keys(row_scores_NHSr, rows_NHm), take_keys(col_scores_NHSr, cols_NHm)
-        scores.append(torch.einsum("nhir,hrq,nhjq->nhij", row_NHmr, core_Hrr, col_NHmr).flatten(2))
+        scores.append(_score_pairs(row_NHmr, col_NHmr, core_Hrr).flatten(2))
         pair = torch.arange(rows_NHm.shape[2] ** 2, device=rows_NHm.device)
         row_positions.append(start + pair // rows_NHm.shape[2])
         col_positions.append(start + pair % rows_NHm.shape[2])
@@ -91,13 +108,13 @@ def _best_of_quadrants(
 
 
 def _best_of_grid(
-    row_scores_NHSr: Tensor, col_scores_NHSr: Tensor, core_Hrr: Tensor, top_k: int
+    row_scores_NHSr: Tensor, col_scores_NHSr: Tensor, core_Hrr: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The exact search: the row and column keys [N, H, K] of the top_k of the whole grid."""
     _, num_heads, side, _ = row_scores_NHSr.shape
     chunk = max(1, _EXACT_CHUNK_ELEMENTS // (num_heads * side * side))
     best = [
-        torch.einsum("nhir,hrq,nhjq->nhij", rows, core_Hrr, cols).flatten(2).topk(top_k, dim=2).indices
+        _score_pairs(rows, cols, core_Hrr).flatten(2).topk(top_k, dim=2).indices
         for rows, cols in zip(torch.split(row_scores_NHSr, chunk), torch.split(col_scores_NHSr, chunk), strict=True)
     ]
     slots = torch.cat(best) if best else row_scores_NHSr.new_empty(0, num_heads, top_k, dtype=torch.int64)
@@ -108,26 +125,26 @@ def _best_of_grid(
 def product_topk_reference(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
-    cores_CHrr: Tensor,
-    row_direction_Hr: Tensor,
-    col_direction_Hr: Tensor,
+    cores_CHrr: Tensor | None,
+    row_direction_Hr: Tensor | None,
+    col_direction_Hr: Tensor | None,
     top_k: int,
     coarse_top_k: int,
     search: Search = "two_stage",
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of `product_topk`; every backend must agree with it."""
-    core_Hrr = cores_CHrr.sum(0)
+    core_Hrr = None if cores_CHrr is None else cores_CHrr.sum(0)
     if search == "exact":
         rows, cols = _best_of_grid(row_scores_NHSr, col_scores_NHSr, core_Hrr, top_k)
     else:
-        coarse_row = torch.einsum("nhsr,hr->nhs", row_scores_NHSr, row_direction_Hr)
-        coarse_col = torch.einsum("nhsr,hr->nhs", col_scores_NHSr, col_direction_Hr)
-        row_quadrants = coarse_candidates(coarse_row, coarse_top_k, search)
-        col_quadrants = coarse_candidates(coarse_col, coarse_top_k, search)
+        row_quadrants = coarse_candidates(_coarse_scores(row_scores_NHSr, row_direction_Hr), coarse_top_k, search)
+        col_quadrants = coarse_candidates(_coarse_scores(col_scores_NHSr, col_direction_Hr), coarse_top_k, search)
         rows, cols = _best_of_quadrants(row_scores_NHSr, col_scores_NHSr, core_Hrr, row_quadrants, col_quadrants, top_k)
-    scores_NHKC = torch.einsum(
-        "nhkr,chrq,nhkq->nhkc", take_keys(row_scores_NHSr, rows), cores_CHrr, take_keys(col_scores_NHSr, cols)
-    )
+    row_NHKr, col_NHKr = take_keys(row_scores_NHSr, rows), take_keys(col_scores_NHSr, cols)
+    if cores_CHrr is None:
+        scores_NHKC = row_NHKr + col_NHKr
+    else:
+        scores_NHKC = torch.einsum("nhkr,chrq,nhkq->nhkc", row_NHKr, cores_CHrr, col_NHKr)
     return scores_NHKC.contiguous(), rows * row_scores_NHSr.shape[2] + cols
 
 
@@ -135,9 +152,9 @@ def product_topk_reference(
 def _product_topk(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
-    cores_CHrr: Tensor,
-    row_direction_Hr: Tensor,
-    col_direction_Hr: Tensor,
+    cores_CHrr: Tensor | None,
+    row_direction_Hr: Tensor | None,
+    col_direction_Hr: Tensor | None,
     top_k: int,
     coarse_top_k: int,
     search: str,
@@ -158,7 +175,7 @@ def _product_topk(
 def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search):  # type: ignore[no-untyped-def]
     num_tokens, num_heads = row_scores_NHSr.shape[:2]
     return (
-        row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, cores_CHrr.shape[0]),
+        row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, 1 if cores_CHrr is None else cores_CHrr.shape[0]),
         row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, dtype=torch.int64),
     )
 
@@ -174,22 +191,25 @@ def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
     side = row_scores.shape[2]
     rows, cols = slots_NHK // side, slots_NHK % side
     row_NHKr, col_NHKr = take_keys(row_scores, rows), take_keys(col_scores, cols)
+
+    def scatter_keys(gradient: Tensor, keys: Tensor) -> Tensor:
+        return torch.zeros_like(row_scores).scatter_add_(2, keys[..., None].expand(gradient.shape), gradient)
+
+    if cores_CHrr is None:
+        return scatter_keys(grad_scores_NHKC, rows), scatter_keys(grad_scores_NHKC, cols), *[None] * 6
     # Scores are bilinear in both sides and linear in the cores; only the selected slots carry gradient.
     weighted = torch.einsum("nhkc,chrq->nhkrq", grad_scores_NHKC, cores_CHrr)
     grad_row = torch.einsum("nhkrq,nhkq->nhkr", weighted, col_NHKr)
     grad_col = torch.einsum("nhkrq,nhkr->nhkq", weighted, row_NHKr)
     grad_cores = torch.einsum("nhkc,nhkr,nhkq->chrq", grad_scores_NHKC, row_NHKr, col_NHKr)
-
-    def scatter_keys(gradient: Tensor, keys: Tensor) -> Tensor:
-        return torch.zeros_like(row_scores).scatter_add_(2, keys[..., None].expand(gradient.shape), gradient)
-
     return scatter_keys(grad_row, rows), scatter_keys(grad_col, cols), grad_cores, None, None, None, None, None
 
 
 @register_flop_formula(torch.ops.ultramem.product_topk)
 def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, **_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, side, rank = row_shape
-    return 2 * num_tokens * product_topk_macs(side, rank, num_heads, cores_shape[0], top_k, coarse_top_k, search)
+    num_cores = None if cores_shape is None else cores_shape[0]
+    return num_tokens * product_topk_flops(side, rank, num_heads, num_cores, top_k, coarse_top_k, search)
 
 
 _product_topk.register_autograd(_backward, setup_context=_setup_context)
@@ -198,17 +218,19 @@ _product_topk.register_autograd(_backward, setup_context=_setup_context)
 def product_topk(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
-    cores_CHrr: Tensor,
-    row_direction_Hr: Tensor,
-    col_direction_Hr: Tensor,
+    cores_CHrr: Tensor | None = None,
+    row_direction_Hr: Tensor | None = None,
+    col_direction_Hr: Tensor | None = None,
     *,
     top_k: int,
     coarse_top_k: int | None = None,
     search: Search = "two_stage",
 ) -> tuple[Tensor, Tensor]:
-    """Find the slots of a product-key grid with the largest Tucker scores (UltraMem, arXiv 2411.12364, §3.2).
+    """Find the slots of a product-key grid with the largest scores.
 
-    g_c(i, j) = row[i, :] · C_c · col[j, :]ᵀ,   selection score g(i, j) = Σ_c g_c(i, j)
+    Tucker scores (UltraMem, arXiv 2411.12364, §3.2): g_c(i, j) = row[i, :] · C_c · col[j, :]ᵀ, selected by
+    g(i, j) = Σ_c g_c(i, j). Additive scores (product keys, arXiv 1907.05242), without cores: g(i, j) = row[i] + col[j],
+    for which the two-stage search is exact.
 
     ``two_stage``, as published: the coarse scores row · u and col · t keep the top m keys of each side; the exact g
     selects among the m × m pairs. A product of two negative coarse scores, a large positive grid score, is never a
@@ -216,22 +238,31 @@ def product_topk(
     equal sign; half the candidates, nearly exact. ``exact``: the whole grid, against which recall is measured.
 
     Args:
-        row_scores_NHSr: fine scores of the row keys, S keys a side and r ranks, for N tokens and H heads; fp32 or fp64.
+        row_scores_NHSr: fine scores of the row keys, S keys a side and r ranks (additive: r = 1), for N tokens and H
+            heads; fp32 or fp64.
         col_scores_NHSr: the same for the column keys.
-        cores_CHrr: the Tucker cores, C of them per head.
-        row_direction_Hr: u, the leading left singular vector of Σ_c C_c; carries no gradient.
-        col_direction_Hr: t, the leading right singular vector.
+        cores_CHrr: the Tucker cores, C of them per head; None for additive scores.
+        row_direction_Hr: u, the leading left singular vector of Σ_c C_c; carries no gradient; None for additive scores.
+        col_direction_Hr: t, the leading right singular vector; None for additive scores.
         top_k: K slots per head and token; at most the candidates of the search (m², signed about m²/2, exact S²).
         coarse_top_k: m, the keys that each side keeps; None for top_k (at most S).
         search: which of the three searches.
 
     Returns:
-        scores [N, H, K, C] in the dtype of the fine scores, in descending order of Σ_c, differentiable in the fine
+        scores [N, H, K, C] (additive: C = 1) in the dtype of the fine scores, in descending order of Σ_c, differentiable in the fine
         scores and the cores; grid indices i·S + j, [N, H, K] int64.
 
     Raises:
-        ValueError: top_k, coarse_top_k or search outside what is allowed.
+        ValueError: top_k, coarse_top_k or search outside what is allowed, directions missing or left over, or additive
+            scores with several ranks or the signed search, which only products of scores need.
     """
+    if (cores_CHrr is None) != (row_direction_Hr is None) or (cores_CHrr is None) != (col_direction_Hr is None):
+        raise ValueError("product_topk takes cores with both directions, or none of the three for additive scores.")
+    if cores_CHrr is None and (row_scores_NHSr.shape[3] != 1 or search == "signed"):
+        raise ValueError(
+            f"additive scores have one rank and need no signed search; got {row_scores_NHSr.shape[3]} ranks and search "
+            f"{search!r}."
+        )
     side = row_scores_NHSr.shape[2]
     coarse_top_k = min(top_k, side) if coarse_top_k is None else coarse_top_k
     check_search(search, side, top_k, coarse_top_k)

@@ -59,11 +59,12 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     num_parameters = cost_card(model).total_parameters
     element_bytes = 2 if config.training.precision == "bf16" else FP32_BYTES
     block_elements = 12 * model.hidden_size + 4 * model.intermediate_size
+    memory_elements = 0
     if (memory := model.memory_config) is not None:
-        block_elements += memory.top_k * memory.num_heads * (memory.value_dim + memory.pre_value_dim + 8)
-    elements = model.num_hidden_layers * block_elements
+        memory_elements = memory.num_selected * (sum(memory.row_widths(model.hidden_size)) + 8)
+    elements = model.num_hidden_layers * block_elements + len(model.memory_spans) * memory_elements
     if config.training.gradient_checkpointing:
-        elements = model.num_hidden_layers * model.hidden_size + block_elements
+        elements = model.num_hidden_layers * model.hidden_size + block_elements + memory_elements
     logits_bytes = model.vocab_size * (element_bytes + 2 * FP32_BYTES)
     num_tokens = config.micro_batch_sequences * config.data.sequence_length_tokens
     return MemoryEstimate(

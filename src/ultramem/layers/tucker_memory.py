@@ -1,0 +1,190 @@
+"""What UltraMem and UltraMemV2 share: Tucker retrieval, implicit value expansion, the shuffle, their losses."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ultramem.errors import ConfigError
+from ultramem.layers.memory import MemoryConfig, MemoryLayer
+from ultramem.layers.retrieval import Retrieved, TuckerRetrieval, is_loaded
+from ultramem.layers.table import MemoryPool
+from ultramem.ops import Search, check_search, product_topk_flops
+
+
+@strict
+@dataclass
+class TuckerMemoryConfig(MemoryConfig):
+    """Settings of memories with Tucker retrieval, beside those of `MemoryConfig`.
+
+    Attributes:
+        value_dim: V.
+        coarse_top_k: m, keys that each side keeps before the grid is scored; null for top_k, at most the keys of a
+            side.
+        num_cores: C; each core weighs its own equal slice of the values.
+        rank: r of the Tucker decomposition.
+        key_expansion: e; the key grid has side e·w and addresses E = e² virtual blocks over the window's rows.
+        search: ``two_stage`` (published), ``signed`` or ``exact``.
+        key_balance_weight: weight of the key-balance loss; 0 is off.
+        tucker_penalty_weight: α of the Tucker penalty; 0 is off.
+        tucker_penalty_margin: τ of the Tucker penalty.
+        init: ``paper`` or ``released``.
+        shuffle_seed: seed of the permutation from grid to rows.
+    """
+
+    value_dim: int = 64
+    coarse_top_k: int | None = None
+    num_cores: int = 2
+    rank: int = 2
+    key_expansion: int = 1
+    search: Search = "two_stage"
+    key_balance_weight: float | int = 0.0
+    tucker_penalty_weight: float | int = 0.0
+    tucker_penalty_margin: float | int = 0.15
+    init: Literal["paper", "released"] = "paper"
+    shuffle_seed: int = 0
+
+    _positive: ClassVar[tuple[str, ...]] = (*MemoryConfig._positive, "value_dim", "num_cores", "rank", "key_expansion")
+    _not_negative: ClassVar[tuple[str, ...]] = (
+        "key_balance_weight",
+        "tucker_penalty_weight",
+        "tucker_penalty_margin",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the number of layers. Raises ConfigError naming the field."""
+        super().__post_init__()
+        if self.value_dim % self.num_cores:
+            raise ConfigError(
+                f"memory.value_dim ({self.value_dim}) must be a multiple of memory.num_cores ({self.num_cores}): each "
+                "core weighs an equal slice of the values."
+            )
+
+    def check_sizes(self, num_memories: int) -> None:
+        """Raise ConfigError if the sizes do not fit together with L memories."""
+        super().check_sizes(num_memories)
+        try:
+            check_search(self.search, self.side(num_memories), self.top_k, self.resolved_coarse_top_k(num_memories))
+        except ValueError as error:
+            raise ConfigError(f"memory: {error}") from None
+
+    @property
+    def num_blocks(self) -> int:
+        """E, virtual blocks over the window's rows."""
+        return self.key_expansion**2
+
+    @property
+    @abstractmethod
+    def pooled_dim(self) -> int:
+        """Inputs of the output projection: V where virtual blocks are summed, E·V where they are kept apart."""
+
+    @property
+    def num_queries(self) -> int:
+        """Queries per side: one for all ranks, unless a layer has one for each."""
+        return 1
+
+    def side(self, num_memories: int) -> int:
+        """S = e·w, keys per side of a layer, with L memories."""
+        return self.key_expansion * self.window_side(num_memories)
+
+    def resolved_coarse_top_k(self, num_memories: int) -> int:
+        """m, with its default filled in."""
+        return min(self.top_k, self.side(num_memories)) if self.coarse_top_k is None else self.coarse_top_k
+
+    def row_widths(self, hidden_size: int) -> tuple[int, int]:
+        """(V, 0)."""
+        return self.value_dim, 0
+
+    def matmul_weights(self, hidden_size: int, num_memories: int) -> int:
+        """Weights of the query and output projections, and the keys."""
+        keys = self.num_heads * 2 * self.side(num_memories) * self.key_dim * self.rank
+        return hidden_size * (2 * self.key_dim * self.num_queries + self.pooled_dim) + keys
+
+    def other_weights(self, hidden_size: int) -> int:
+        """Gains of both norms, and the cores."""
+        return 2 * self.key_dim + self.num_cores * self.num_heads * self.rank**2
+
+    def search_flops(self, num_memories: int) -> int:
+        """FLOPs of one layer's search per token."""
+        side, coarse = self.side(num_memories), self.resolved_coarse_top_k(num_memories)
+        return product_topk_flops(side, self.rank, self.num_heads, self.num_cores, self.top_k, coarse, self.search)
+
+
+class TuckerMemory(MemoryLayer):
+    """A memory whose slots have Tucker scores, which weigh the values without a softmax (arXiv 2411.12364, §3)."""
+
+    config: TuckerMemoryConfig
+    retrieval: TuckerRetrieval
+    out_proj: nn.Linear
+    permutation: Tensor
+
+    def __init__(
+        self, hidden_size: int, config: TuckerMemoryConfig, num_memories: int = 1, memory_index: int = 0
+    ) -> None:
+        super().__init__(hidden_size, config, num_memories, memory_index)
+        self.retrieval = TuckerRetrieval(
+            hidden_size,
+            num_keys=config.side(num_memories),
+            key_dim=config.key_dim,
+            num_heads=config.num_heads,
+            num_cores=config.num_cores,
+            rank=config.rank,
+            top_k=config.top_k,
+            coarse_top_k=config.resolved_coarse_top_k(num_memories),
+            search=config.search,
+            num_queries=config.num_queries,
+        )
+        self.out_proj = nn.Linear(config.pooled_dim, hidden_size, bias=False)
+        # Spreads the neighbours of the grid over the pool's rows; int32 holds every grid that fits in memory.
+        self.register_buffer("permutation", torch.empty(self.num_slots, dtype=torch.int32))
+
+    @property
+    def num_slots(self) -> int:
+        """Virtual slots that the layer addresses: E for each row of its window."""
+        return self.config.num_blocks * self.window.size
+
+    @torch.no_grad()
+    def reset_retrieval(self, query_std: float, out_std: float, norm_gain: float | None) -> None:
+        """Initialise what both layers have; ``norm_gain`` None simulates (see `TuckerRetrieval.reset_parameters`)."""
+        if not is_loaded(self.permutation):
+            generator = torch.Generator().manual_seed(self.config.shuffle_seed * 1_000_003 + self.memory_index)
+            self.permutation.copy_(torch.randperm(self.num_slots, generator=generator, device="cpu"))
+        init.normal_(self.out_proj.weight, std=out_std)
+        self.retrieval.reset_parameters(query_std, norm_gain)
+
+    def score_variance(self) -> float:
+        """σ_s², variance of the selected scores of a simulated retrieval."""
+        return float(self.retrieval.simulate().var())
+
+    def refresh_retrieval(self) -> None:
+        """Recompute the coarse directions from the cores."""
+        self.retrieval.refresh()
+
+    def virtual_slots(self, slots_NK: Tensor) -> Tensor:
+        """The permutation of the grid's slots."""
+        return self.permutation[slots_NK].long()
+
+    def pool_rows(self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor) -> Tensor:
+        """Sums per virtual block, side by side or added."""
+        if self.config.pooled_dim == self.config.value_dim:
+            # Σ_b P_b: summing the blocks is pooling into one.
+            return pool.pool_values(rows_NK, weights_NKC)
+        return pool.pool_values(rows_NK, weights_NKC, virtual_NK // self.window.size, self.config.num_blocks)
+
+    def losses(self, retrieved: Retrieved) -> dict[str, Tensor]:
+        """The Tucker penalty and the key-balance loss, where they are switched on."""
+        losses: dict[str, Tensor] = {}
+        if self.config.tucker_penalty_weight:
+            penalty = self.retrieval.tucker_penalty(self.config.tucker_penalty_margin)
+            losses["tucker_penalty"] = self.config.tucker_penalty_weight * penalty
+        if self.config.key_balance_weight:
+            losses["key_balance"] = self.config.key_balance_weight * self.retrieval.key_balance(retrieved)
+        return losses
+
+    def further_statistics(self) -> dict[str, Tensor]:
+        """``singular_values`` [H, r] of the summed cores."""
+        return {"singular_values": torch.linalg.svdvals(self.retrieval.cores.float().sum(0))}
