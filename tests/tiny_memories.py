@@ -43,7 +43,8 @@ def memory_layer(config=None, dtype=torch.float64, std=0.5, seed=0, memory_index
     torch.manual_seed(seed)
     kind = MEMORY_TYPES[config.type].layer
     layer = kind(HIDDEN_SIZE, config, NUM_MEMORIES, memory_index)
-    pool = kind.make_pool(config, NUM_MEMORIES, std)
+    pool = kind.make_pool(HIDDEN_SIZE, config, NUM_MEMORIES, draw=False)
+    pool.reset_parameters(std)
     with torch.no_grad():
         # Gains that differ along kd: a gain applied along another axis shows.
         for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):

@@ -61,9 +61,11 @@ def test_published_fixture(path):
 def write_fixture(path, hidden_size, num_memories, layer_id, affine=True, **changes):
     """Run our layer in fp64 and write what the published code would have written about it."""
     torch.manual_seed(0)
-    config = memory_config(**changes)
+    config = memory_config(tables="ring", **changes)
     layer = UltraMemV2(hidden_size, config, num_memories, layer_id).double().eval()
-    pool = UltraMemV2.make_pool(config, num_memories, std=0.2).double()
+    pool = UltraMemV2.make_pool(hidden_size, config, num_memories, draw=False)
+    pool.reset_parameters(0.2)
+    pool = pool.double()
     with torch.no_grad():
         for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):
             gain.copy_(torch.linspace(0.5, 1.5, len(gain)) if affine else torch.ones(len(gain)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny_memories import memory_config
+from tiny_memories import HIDDEN_SIZE, memory_config
 from ultramem.errors import ConfigError
 from ultramem.layers import UltraMemV2Config
 
@@ -22,8 +22,8 @@ from ultramem.layers import UltraMemV2Config
         ({"value_dim": 13}, r"memory\.value_dim \(13\) must be a multiple of memory\.num_cores \(2\)"),
         ({"output_dropout": 1.0}, r"memory\.output_dropout must lie in \[0, 1\); got 1\.0"),
         ({"output_dropout": -0.1}, r"memory\.output_dropout must lie in \[0, 1\); got -0\.1"),
-        ({"share_ratio": 0.0}, r"memory\.share_ratio must lie in \(0, 1\] or be null; got 0\.0"),
-        ({"share_ratio": 1.5}, r"memory\.share_ratio must lie in \(0, 1\] or be null; got 1\.5"),
+        ({"tables": "ring", "share_ratio": 0.0}, r"memory\.share_ratio must lie in \(0, 1\]; got 0\.0"),
+        ({"tables": "ring", "share_ratio": 1.5}, r"memory\.share_ratio must lie in \(0, 1\]; got 1\.5"),
         (
             {"pre_value_activation": "gelu", "pre_value_dim": 0},
             r"memory\.pre_value_activation needs pre-values; memory\.pre_value_dim is 0",
@@ -39,7 +39,7 @@ def test_values_outside_what_is_allowed_are_named(changes, text):
     ("changes", "text"),
     [
         (
-            {"share_ratio": 0.3},
+            {"tables": "ring", "share_ratio": 0.3},
             r"share_ratio 0\.3 gives .* less than its own share.*3 memories it must be at least 0\.33",
         ),
         ({"top_k": 37}, r"memory: top_k must lie between 1 and 36, the candidates of search 'two_stage'.*got 37"),
@@ -57,32 +57,32 @@ def test_sizes_that_do_not_fit_together_are_named(changes, text):
 def test_a_share_of_one_over_any_number_of_layers_is_allowed():
     """1/49 · 49 is less than 1 in floating point."""
     for num_memories in range(1, 200):
-        memory_config(share_ratio=1 / num_memories).check_sizes(num_memories)
+        memory_config(tables="ring", share_ratio=1 / num_memories).check_sizes(num_memories)
 
 
 @pytest.mark.parametrize(
     ("share_ratio", "num_memories"), [(0.3333, 3), (0.333, 3), (0.1429, 7), (0.1428, 7), (0.0204, 49)]
 )
 def test_a_rounded_share_is_allowed_and_floors(share_ratio, num_memories):
-    config = memory_config(share_ratio=share_ratio, num_keys=12)
+    config = memory_config(tables="ring", share_ratio=share_ratio, num_keys=12)
     config.check_sizes(num_memories)
     assert config.window_side(num_memories) in (11, 12)
 
 
 @pytest.mark.parametrize(("share_ratio", "num_memories"), [(0.33, 3), (0.142, 7), (0.1, 4)])
 def test_a_share_too_small_for_rounding_is_named(share_ratio, num_memories):
-    with pytest.raises(ConfigError, match=r"less than its own share .* or null for exactly that share"):
-        memory_config(share_ratio=share_ratio).check_sizes(num_memories)
+    with pytest.raises(ConfigError, match=r"less than its own share .* or tables: private for exactly that share"):
+        memory_config(tables="ring", share_ratio=share_ratio).check_sizes(num_memories)
 
 
 def test_a_share_without_a_single_row_is_named():
-    config = memory_config(share_ratio=0.3333, num_keys=1, top_k=1)
+    config = memory_config(tables="ring", share_ratio=0.3333, num_keys=1, top_k=1)
     with pytest.raises(ConfigError, match=r"share_ratio 0\.3333 gives a layer less than its own share"):
         config.check_sizes(3)
 
 
 def test_whole_numbers_are_fractions_too():
-    config = memory_config(share_ratio=1, output_dropout=0, key_balance_weight=1, tucker_penalty_margin=0)
+    config = memory_config(tables="ring", share_ratio=1, output_dropout=0, key_balance_weight=1, tucker_penalty_margin=0)
     assert config.window_side(3) == 10
 
 
@@ -95,12 +95,13 @@ def test_the_default_coarse_top_k_fits_the_side():
 
 def test_published_sizes_by_hand():
     """The 227M/1.2B run: 20 layers of width 768, n = 360, share 0.5, kd = V = U = 192, k = 32."""
-    config = UltraMemV2Config(num_keys=360, key_dim=192, value_dim=192, pre_value_dim=192, top_k=32, share_ratio=0.5)
+    widths = {"key_dim": 192, "value_dim": 192, "pre_value_dim": 192}
+    config = UltraMemV2Config(num_keys=360, top_k=32, tables="ring", share_ratio=0.5, **widths)
     assert config.side(20) == 1138
     keys, query, linears, small = 2 * 1138 * 192 * 2, 768 * 384, 2 * 768 * 192, 2 * 192 + 2 * 4
     assert config.dense_parameters(768, 20) == keys + query + linears + small
-    assert config.table_parameters(20) == 20 * 360**2 * 384
-    assert config.table_elements_per_token() == 32 * 384
+    assert config.table_parameters(768, 20) == 20 * 360**2 * 384
+    assert config.table_elements_per_token(768) == 32 * 384
     # linears, fine scores, coarse scores, the 32 × 32 grid, the two cores' scores of 32 slots, the lookups
     macs = query + linears + keys + 2 * 1138 * 2 + 32 * 4 + 32 * 32 * 2 + 32 * 2 * 6 + 32 * 384
     assert config.flops_per_token(768, 20) == 2 * macs
@@ -109,6 +110,6 @@ def test_published_sizes_by_hand():
 def test_rows_read_by_a_batch_are_at_most_the_window_and_at_least_one_tokens():
     config = memory_config()
     row = config.value_dim + config.pre_value_dim
-    assert config.table_elements_per_step(10**6, 3) == pytest.approx(36 * row)
+    assert config.table_elements_per_step(10**6, HIDDEN_SIZE, 3) == pytest.approx(36 * row)
     # Four draws from 36 rows rarely meet.
-    assert 0.9 * 4 * row < config.table_elements_per_step(1, 3) < 4 * row
+    assert 0.9 * 4 * row < config.table_elements_per_step(1, HIDDEN_SIZE, 3) < 4 * row

@@ -125,15 +125,15 @@ def test_counts_are_those_of_the_built_module(changes):
     config = memory_config(**changes)
     layer, pool = memory_layer(config)
     assert config.dense_parameters(HIDDEN_SIZE, NUM_MEMORIES) == sum(p.numel() for p in layer.parameters())
-    assert config.table_parameters(NUM_MEMORIES) == sum(p.numel() for p in pool.parameters())
+    assert config.table_parameters(HIDDEN_SIZE, NUM_MEMORIES) == sum(p.numel() for p in pool.parameters())
     selected = layer(tokens(1), pool, return_statistics=True).statistics["slots_NK"].numel()
     assert selected == config.num_selected
     row = config.value_dim + config.pre_value_dim
-    assert config.table_elements_per_token() == selected * row
+    assert config.table_elements_per_token(HIDDEN_SIZE) == selected * row
     rows = layer.window.size
     for batch_size in (1, 64):
         expected = rows * (1 - (1 - 1 / rows) ** (batch_size * selected)) * row
-        assert config.table_elements_per_step(batch_size, NUM_MEMORIES) == pytest.approx(expected, rel=1e-12)
+        assert config.table_elements_per_step(batch_size, HIDDEN_SIZE, NUM_MEMORIES) == pytest.approx(expected, rel=1e-12)
 
 
 @variants
@@ -153,7 +153,7 @@ def test_meta_construction_then_loading(changes):
     kind = MEMORY_TYPES[config.type].layer
     with torch.device("meta"):
         layer = kind(HIDDEN_SIZE, config, NUM_MEMORIES, 1)
-        pool = kind.make_pool(config, NUM_MEMORIES)
+        pool = kind.make_pool(HIDDEN_SIZE, config, NUM_MEMORIES)
     assert all(tensor.is_meta for _, tensor in named_tensors(layer, pool))
     layer, pool = layer.to_empty(device="cpu").double().eval(), pool.to_empty(device="cpu").double()
     layer.load_state_dict(expected.state_dict())
@@ -250,7 +250,8 @@ CHANGES = {
     "rank": {"rank": 3},
     "key_expansion": {"key_expansion": 2},
     "projection": {"key_expansion": 2, "projection": "project"},
-    "share_ratio": {"share_ratio": 0.7},
+    "tables": {"tables": "shared"},
+    "share_ratio": {"tables": "ring", "share_ratio": 0.7},
     "query_per_rank": {"query_per_rank": True},
     "pre_value_activation": {"pre_value_activation": "gelu"},
     "search": {"search": "exact"},
@@ -261,7 +262,7 @@ CHANGES = {
     "init": {"init": "released"},
     "shuffle_seed": {"shuffle_seed": 1},
 }
-BASES = {"projection": {"key_expansion": 2}, "tucker_penalty_margin": {"tucker_penalty_weight": 0.1}}
+BASES = {"share_ratio": {"tables": "ring", "share_ratio": 0.4}, "projection": {"key_expansion": 2}, "tucker_penalty_margin": {"tucker_penalty_weight": 0.1}}
 
 
 def observed(changes):
@@ -274,7 +275,7 @@ def observed(changes):
 
 def test_every_setting_is_covered():
     # The type names the class; placement belongs to the decoder (tests/model).
-    names = {field.name for field in dataclasses.fields(memory_config())} - {"type", "placement"}
+    names = {field.name for field in dataclasses.fields(memory_config())} - {"type", "placement", "position"}
     assert names == set(CHANGES)
 
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from ultramem.layers import MemoryPool, RingWindow, UltraMemV2, UltraMemV2Config, table_std
+from ultramem.layers import MemoryPool, RingWindow, UltraMemV2, UltraMemV2Config
 
 MID = {"num_keys": 40, "key_dim": 48, "value_dim": 48, "pre_value_dim": 40, "top_k": 12}
 MID_SIZE = {"hidden_size": 160, "num_memories": 4, "ffn_ratio": 2.5}
 
-PUBLISHED = {"num_keys": 360, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192, "top_k": 32, "share_ratio": 0.5}
+PUBLISHED = {"num_keys": 360, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192, "top_k": 32, "tables": "ring", "share_ratio": 0.5}
 PUBLISHED_SIZE = {"hidden_size": 768, "num_memories": 20, "ffn_ratio": 2496 / 768}
 
 # Enough rows that two slots of a token rarely meet; the published pool of 2.6M would not fit beside other tests.
@@ -23,14 +23,14 @@ def build(config, hidden_size, num_memories, ffn_ratio, seed=0):
     layer = UltraMemV2(hidden_size, config, num_memories, memory_index=1)
     num_rows = min(layer.window.num_rows, MOST_ROWS)
     layer.window = RingWindow(layer.window.offset % num_rows, layer.window.size, num_rows)
-    std = table_std(config, hidden_size, ffn_ratio, num_memories, float(layer.retrieval.simulate().var()))
+    std = config.table_std(hidden_size, num_memories, ffn_ratio, float(layer.retrieval.simulate().var()))
     return layer.eval(), MemoryPool(num_rows, config.value_dim, config.pre_value_dim, std)
 
 
 VARIANTS = {
     "mid": (MID, MID_SIZE),
     "published": (PUBLISHED, PUBLISHED_SIZE),
-    "shared": ({**MID, "share_ratio": 0.6}, MID_SIZE),
+    "shared": ({**MID, "tables": "ring", "share_ratio": 0.6}, MID_SIZE),
     "heads": ({**MID, "num_heads": 2}, MID_SIZE),
     "one_core": ({**MID, "num_cores": 1}, MID_SIZE),
     "four_cores": ({**MID, "num_cores": 4, "rank": 3}, MID_SIZE),
@@ -100,11 +100,11 @@ def assert_uniform_cores(config):
 def test_table_std_by_hand():
     """σ⁴ = 0.2·κ·D / (k·H·(1+σ_s²)·U·V·L); without pre-values W_pre and U drop out: 0.08·κ·D / (k·H·(1+σ_s²)·V·L)."""
     config = UltraMemV2Config(num_keys=40, value_dim=8, pre_value_dim=4, top_k=3, num_heads=2)
-    assert table_std(config, 100, 3.0, 5, 0.5) ** 4 == pytest.approx(0.2 * 3 * 100 / (6 * 1.5 * 32 * 5))
+    assert config.table_std(100, 5, 3.0, 0.5) ** 4 == pytest.approx(0.2 * 3 * 100 / (6 * 1.5 * 32 * 5))
     bare = UltraMemV2Config(num_keys=40, value_dim=8, pre_value_dim=0, top_k=3, num_heads=2)
-    assert table_std(bare, 100, 3.0, 5, 0.5) ** 2 == pytest.approx(0.08 * 3 * 100 / (6 * 1.5 * 8 * 5))
+    assert bare.table_std(100, 5, 3.0, 0.5) ** 2 == pytest.approx(0.08 * 3 * 100 / (6 * 1.5 * 8 * 5))
     released = UltraMemV2Config(num_keys=40, init="released")
-    assert table_std(released, 100, 3.0, 5, 0.5) == 0.02
+    assert released.table_std(100, 5, 3.0, 0.5) == 0.02
 
 
 @pytest.mark.parametrize("num_keys", [1, 2, 4])

@@ -86,7 +86,8 @@ def test_the_published_run_has_its_published_size():
         num_hidden_layers=20,
         num_attention_heads=12,
         memory={
-            "num_keys": 360, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192, "top_k": 32, "share_ratio": 0.5
+            "num_keys": 360, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192, "top_k": 32,
+            "tables": "ring", "share_ratio": 0.5,
         },
     )  # fmt: skip
     card = cost_card(config)

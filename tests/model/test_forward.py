@@ -234,7 +234,7 @@ def test_reentrant_checkpointing_is_refused():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_rows_mode_collects_the_dense_gradient(checkpointing):
     input_ids = token_ids(2, 6)
-    dense, rows = (decoder(memory={"share_ratio": 0.8}).train() for _ in range(2))
+    dense, rows = (decoder(memory={"tables": "ring", "share_ratio": 0.8}).train() for _ in range(2))
     rows.set_table_gradients("rows")
     if checkpointing:
         rows.gradient_checkpointing_enable()

@@ -7,14 +7,15 @@ import torch
 
 from tiny_memories import decoder_config, token_ids
 from ultramem import UltraMemConfig, UltraMemForCausalLM
-from ultramem.layers import table_std
 
 MID = {
     "vocab_size": 500,
     "hidden_size": 128,
     "intermediate_size": 320,
     "num_hidden_layers": 4,
-    "memory": {"num_keys": 32, "key_dim": 32, "value_dim": 32, "pre_value_dim": 32, "top_k": 8, "share_ratio": 0.6},
+    "memory": {
+        "num_keys": 32, "key_dim": 32, "value_dim": 32, "pre_value_dim": 32, "top_k": 8, "tables": "ring", "share_ratio": 0.6,
+    },
 }
 
 
@@ -53,7 +54,7 @@ def test_linears_and_embeddings(initializer_range):
 def test_the_pool_is_drawn_for_the_memories_that_read_it():
     model = build()
     variance = sum(float(memory.retrieval.simulate().var()) for memory in model.model.memories) / 4
-    std = table_std(model.config.memory_config, 128, 2.5, 4, variance)
+    std = model.config.memory_config.table_std(128, 4, 2.5, variance)
     assert_std(model.model.memory_pool.values, std)
     assert_std(model.model.memory_pool.pre_values, std)
     released = build(memory={**MID["memory"], "init": "released"})

@@ -50,7 +50,7 @@ class ProductKeyConfig(MemoryConfig):
         self, hidden_size: int, num_blocks: int = 1, ffn_ratio: float = 1.0, score_variance: float = 0.0
     ) -> float:
         """Standard deviation of the rows at initialisation: 1/√V."""
-        return self.row_widths(hidden_size)[0] ** -0.5
+        return float(self.row_widths(hidden_size)[0] ** -0.5)
 
 
 class ProductKeyMemory(MemoryLayer):

@@ -121,9 +121,10 @@ class AdditiveRetrieval(nn.Module):
         init.xavier_uniform_(self.query_proj.weight)
         if self.query_proj.bias is not None:
             init.zeros_(self.query_proj.bias)
-        if self.query_shift is not None:
-            for tensor in (self.query_shift, self.query_mean):
+        for tensor in (self.query_shift, self.query_mean):
+            if tensor is not None:
                 init.zeros_(tensor)
+        if self.query_variance is not None:
             init.ones_(self.query_variance)
         gains = [gain for gain in (self.query_norm, self.key_norm) if gain is not None]
         for gain in gains:
@@ -166,7 +167,10 @@ class AdditiveRetrieval(nn.Module):
 
     def _batch_normalize(self, query_NQ: Tensor, simulated: bool) -> Tensor:
         gain, shift, mean, variance = self.query_norm, self.query_shift, self.query_mean, self.query_variance
-        assert gain is not None and shift is not None and mean is not None and variance is not None
+        assert gain is not None
+        assert shift is not None
+        assert mean is not None
+        assert variance is not None
         # Fewer than two tokens have no statistics.
         if (self.training or simulated) and query_NQ.shape[0] > 1:
             batch_variance, batch_mean = torch.var_mean(query_NQ, dim=0, correction=0)

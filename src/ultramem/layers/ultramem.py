@@ -97,4 +97,5 @@ class UltraMem(TuckerMemory):
         # Zeros stand before the first token.
         missing = x_BTD.shape[1] + self.config.num_past_tokens - seen_BTD.shape[1]
         seen_BTD = nn.functional.pad(seen_BTD, (0, 0, missing, 0))
-        return self.query_conv(seen_BTD.transpose(1, 2)).transpose(1, 2)
+        convolved_BDT: Tensor = self.query_conv(seen_BTD.transpose(1, 2))
+        return convolved_BDT.transpose(1, 2)

@@ -114,7 +114,8 @@ class UltraMemV2(TuckerMemory):
     def pre_input(self, x_ND: Tensor) -> Tensor:
         """W_pre x."""
         assert self.pre_proj is not None, "the pool has pre-values but the layer does not"
-        return self.pre_proj(x_ND)
+        inputs_NU: Tensor = self.pre_proj(x_ND)
+        return inputs_NU
 
     def activate(self, pre_NK: Tensor) -> Tensor:
         """The pre-value products, linear or through GELU."""
@@ -122,4 +123,5 @@ class UltraMemV2(TuckerMemory):
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """W_out, then dropout."""
-        return self.output_dropout(super().project(x_ND, pooled))
+        y_ND: Tensor = self.output_dropout(super().project(x_ND, pooled))
+        return y_ND
