@@ -1,4 +1,4 @@
-"""Fixtures of published implementations, in our words: the settings behind their headers, our names of their tensors."""
+"""Fixtures of published implementations in our words: settings from their headers, our names of their tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

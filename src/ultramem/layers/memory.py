@@ -248,8 +248,8 @@ class MemoryLayer(nn.Module):
         Args:
             x: normed hidden states [..., D].
             pool: the rows.
-            past: for a layer whose queries look back, up to ``config.num_past_tokens`` inputs [..., P, D] right before x;
-                zeros stand for what is missing.
+            past: for a layer whose queries look back, up to ``config.num_past_tokens`` inputs [..., P, D] right before
+                x; zeros stand for what is missing.
             return_statistics: also return ``slots_NK`` (virtual slots, int64), ``scores_NK`` (mean over cores),
                 ``output_std`` and what the layer adds.
 

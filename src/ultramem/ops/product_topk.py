@@ -249,8 +249,8 @@ def product_topk(
         search: which of the three searches.
 
     Returns:
-        scores [N, H, K, C] (additive: C = 1) in the dtype of the fine scores, in descending order of Σ_c, differentiable
-        in the fine scores and the cores; grid indices i·S + j, [N, H, K] int64.
+        scores [N, H, K, C] (additive: C = 1) in the dtype of the fine scores, in descending order of Σ_c,
+        differentiable in the fine scores and the cores; grid indices i·S + j, [N, H, K] int64.
 
     Raises:
         ValueError: top_k, coarse_top_k or search outside what is allowed, directions missing or left over, or additive
