@@ -1,4 +1,4 @@
-"""AdamW with one parameter group per role family: the tables, the keys that find their rows, and everything else."""
+"""AdamW with one parameter group per role family: tables, the keys that find their rows, and everything else."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Learning rates as a function of tokens seen: linear warmup and cosine, times the keys' and the tables' multipliers."""
+"""Learning rates as a function of tokens seen: linear warmup and cosine, times multipliers of keys and tables."""
 
 from dataclasses import dataclass
 
