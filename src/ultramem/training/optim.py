@@ -19,8 +19,8 @@ def group_parameters(model: nn.Module, roles: Mapping[str, str]) -> dict[str, li
         roles: role of every parameter by name, as :func:`ultramem.model.roles.parameter_roles` gives them.
 
     Returns:
-        group name ("dense", "keys", "tables") → parameters; groups without parameters are left out. Each trainable parameter is
-        in exactly one group, once.
+        group name ("dense", "keys", "tables") → parameters; groups without parameters are left out. Each trainable
+        parameter is in exactly one group, once.
     """
     named = dict(model.named_parameters())
     groups: dict[str, list[nn.Parameter]] = {"dense": [], "keys": [], "tables": []}
