@@ -72,7 +72,10 @@ def test_vocabulary_and_special_tokens_come_from_the_data(write_config):
     ("override", "message"),
     [
         ("optimiser.lr=1", r"unknown key 'optimiser': did you mean 'optimizer'\? Allowed here: checkpoint, data"),
-        ("optimizer.learning_rate=1", r"unknown key 'optimizer.learning_rate'.*Allowed here: betas, eps, lr"),
+        (
+            "optimizer.learning_rate=1",
+            r"unknown key 'optimizer.learning_rate'.*Allowed here: betas, eps, key_lr_multiplier, lr",
+        ),
         ("optimizer.weight_decy=1", r"unknown key 'optimizer.weight_decy': did you mean 'optimizer.weight_decay'\?"),
         ("model.hiden_size=8", r"unknown key 'model.hiden_size': did you mean 'model.hidden_size'\?"),
         ("model.memory.topk=8", r"unknown key 'model.memory.topk': did you mean 'model.memory.top_k'\?"),

@@ -14,10 +14,13 @@ def test_groups_cover_a_memory_model():
     model = tiny_model()
     optimizer = build_optimizer(model, parameter_roles(model), OptimizerSection(lr=0.5, weight_decay=0.1))
     by_name = {group["name"]: group for group in optimizer.param_groups}
-    assert sorted(by_name) == ["dense", "tables"]
+    assert list(by_name) == ["dense", "keys", "tables"]
+    retrievals = [memory.retrieval for memory in model.model.memories]
+    keys = {id(parameter) for retrieval in retrievals for parameter in (retrieval.keys, retrieval.cores)}
+    assert {id(parameter) for parameter in by_name["keys"]["params"]} == keys
     tables = {id(parameter) for parameter in by_name["tables"]["params"]}
     assert tables == {id(model.model.memory_pool.values), id(model.model.memory_pool.pre_values)}
-    assert len(tables) + len(by_name["dense"]["params"]) == len(list(model.parameters()))
+    assert len(tables) + len(keys) + len(by_name["dense"]["params"]) == len(list(model.parameters()))
     for group in optimizer.param_groups:
         assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
         assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
@@ -46,11 +49,11 @@ def test_weight_decay_acts_through_the_groups_own_rate():
     roles = parameter_roles(model)
     optimizer = build_optimizer(model, roles, OptimizerSection(lr=0.5, weight_decay=0.1))
     for group in optimizer.param_groups:
-        group["lr"] = {"dense": 0.5, "tables": 1.0}[group["name"]]
+        group["lr"] = {"dense": 0.5, "keys": 0.25, "tables": 1.0}[group["name"]]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        factor = 0.9 if roles[name] == "table" else 0.95
+        factor = {"table": 0.9, "key": 0.975}.get(roles[name], 0.95)
         torch.testing.assert_close(parameter.detach(), before[name] * factor)

@@ -38,7 +38,9 @@ def test_rates_follow_the_formula_at_every_step(warmup, warmup_steps, decay_frac
     num_steps, peak, start = 40, 3e-3, 20.0
     config = RunConfig(
         data=DataSection(sequence_length_tokens=8),
-        optimizer=OptimizerSection(lr=peak, table_lr_multiplier=start, table_lr_decay_fraction=decay_fraction),
+        optimizer=OptimizerSection(
+            lr=peak, key_lr_multiplier=0.3, table_lr_multiplier=start, table_lr_decay_fraction=decay_fraction
+        ),
         schedule=ScheduleSection(**warmup, final_factor=floor),
         training=TrainingSection(max_tokens=num_steps * 32, global_batch_sequences=4),
     )
@@ -52,6 +54,7 @@ def test_rates_follow_the_formula_at_every_step(warmup, warmup_steps, decay_frac
         # The default warmup of 1 % of 1280 tokens is rounded to 13 tokens, 0.40625 steps.
         tolerance = 1e-12 if warmup else 1e-3
         assert rates["dense"] == pytest.approx(base, rel=tolerance, abs=peak * tolerance)
+        assert rates["keys"] == pytest.approx(0.3 * base, rel=tolerance, abs=peak * tolerance)
         assert rates["tables"] == pytest.approx(base * times, rel=tolerance, abs=peak * start * tolerance)
 
 

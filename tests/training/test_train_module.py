@@ -128,7 +128,7 @@ def test_no_limit_leaves_gradients_alone():
 
 
 def test_step_moves_every_parameter_at_its_groups_rate_and_refreshes_the_search():
-    module = make_module(lr=0.01, table_lr_multiplier=20.0, weight_decay=0.0)
+    module = make_module(lr=0.01, key_lr_multiplier=0.25, table_lr_multiplier=20.0, weight_decay=0.0)
     before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
     retrieval = module.model.model.memories[0].retrieval
     directions = {name: buffer.clone() for name, buffer in retrieval.named_buffers()}
@@ -138,10 +138,12 @@ def test_step_moves_every_parameter_at_its_groups_rate_and_refreshes_the_search(
     # 10 % of the way through: the warmup of 1 % is over.
     rates = module.learning_rates
     assert rates["tables"] / rates["dense"] == pytest.approx(1 + 19 * 0.9)
+    assert rates["keys"] / rates["dense"] == pytest.approx(0.25)
+    groups = {"table": "tables", "key": "keys"}
     for name, role in parameter_roles(module.model).items():
         change = (dict(module.model.named_parameters())[name].detach() - before[name])[touched[name]].abs()
         # AdamW's first step is the rate times the sign of the gradient, up to eps.
-        assert change.median().item() == pytest.approx(rates["tables" if role == "table" else "dense"], rel=0.05), name
+        assert change.median().item() == pytest.approx(rates[groups.get(role, "dense")], rel=0.05), name
     changed = [name for name, buffer in retrieval.named_buffers() if not torch.equal(buffer, directions[name])]
     assert changed, "the coarse directions follow the cores"
 

@@ -2,6 +2,7 @@
 
 from ultramem.ops.bag import bag, bag_reference
 from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
+from ultramem.ops.grouped_linear import grouped_linear, grouped_linear_reference
 from ultramem.ops.product_topk import (
     Search,
     check_search,
@@ -23,6 +24,8 @@ __all__ = [
     "coarse_candidates",
     "gather_dot",
     "gather_dot_reference",
+    "grouped_linear",
+    "grouped_linear_reference",
     "product_topk",
     "product_topk_flops",
     "product_topk_reference",

@@ -40,12 +40,16 @@ class DataSection(Config):
 
 @dataclass
 class OptimizerSection(Config):
-    """AdamW of the published runs; the tables' rate is ``lr`` times a multiplier that decays linearly to 1."""
+    """AdamW of the published runs; the tables' rate is ``lr`` times a multiplier that decays linearly to 1.
+
+    The keys and cores of the memories may have a rate of their own, a constant multiple of ``lr``.
+    """
 
     lr: float = 4e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    key_lr_multiplier: float = 1.0
     table_lr_multiplier: float = 4.0
     table_lr_decay_fraction: float = 1.0  # share of the run after which the multiplier has reached 1
     max_grad_norm: float | None = 1.0
@@ -181,7 +185,7 @@ def _check_ranges(config: RunConfig) -> None:
         "logging": ["interval_steps", "memory_interval_steps"],
     }
     positive = {
-        "optimizer": ["lr", "eps", "table_lr_multiplier", "table_lr_decay_fraction"],
+        "optimizer": ["lr", "eps", "key_lr_multiplier", "table_lr_multiplier", "table_lr_decay_fraction"],
     }
     limits = {"optimizer": ["max_grad_norm", "table_max_grad_norm"]}
     fractions = {"schedule": ["warmup_fraction", "warmup_start_factor", "final_factor"]}

@@ -1,4 +1,4 @@
-"""AdamW with one parameter group per role family: the tables, and everything else."""
+"""AdamW with one parameter group per role family: tables, the keys that find their rows, and everything else."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from ultramem.training.config import OptimizerSection
 
-GROUP_OF_ROLE = {"matrix": "dense", "norm": "dense", "embedding": "dense", "key": "dense", "table": "tables"}
+GROUP_OF_ROLE = {"matrix": "dense", "norm": "dense", "embedding": "dense", "key": "keys", "table": "tables"}
 
 
 def group_parameters(model: nn.Module, roles: Mapping[str, str]) -> dict[str, list[nn.Parameter]]:
@@ -19,11 +19,11 @@ def group_parameters(model: nn.Module, roles: Mapping[str, str]) -> dict[str, li
         roles: role of every parameter by name, as :func:`ultramem.model.roles.parameter_roles` gives them.
 
     Returns:
-        group name ("dense", "tables") → parameters; groups without parameters are left out. Each trainable parameter is
-        in exactly one group, once.
+        group name ("dense", "keys", "tables") → parameters; groups without parameters are left out. Each trainable
+        parameter is in exactly one group, once.
     """
     named = dict(model.named_parameters())
-    groups: dict[str, list[nn.Parameter]] = {"dense": [], "tables": []}
+    groups: dict[str, list[nn.Parameter]] = {"dense": [], "keys": [], "tables": []}
     for name, role in roles.items():
         if named[name].requires_grad:
             groups[GROUP_OF_ROLE[role]].append(named[name])
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, roles: Mapping[str, str], settings: Optimi
 def group_settings(settings: OptimizerSection) -> dict[str, Any]:
     """What the config says about a parameter group: these win over what a checkpoint remembers.
 
-    ``initial_lr`` is the dense peak for both groups; the tables' multiplier belongs to their schedule.
+    ``initial_lr`` is the dense peak for all groups; multipliers belong to their schedules.
     """
     return {
         "lr": settings.lr,

@@ -1,4 +1,4 @@
-"""Learning rates as a function of tokens seen: linear warmup and cosine, times the tables' own decaying multiplier."""
+"""Learning rates as a function of tokens seen: linear warmup and cosine, times multipliers of keys and tables."""
 
 from dataclasses import dataclass
 
@@ -20,16 +20,21 @@ def table_lr_times(start: float, current_tokens: float, total_tokens: float, dec
 
 
 @dataclass
-class TableCosine(CosWithWarmup):
-    """The dense parameters' schedule times :func:`table_lr_times`, so that warmup start and floor scale with it too."""
+class MultipliedCosine(CosWithWarmup):
+    """The dense parameters' schedule times a multiplier, so that warmup start and floor scale with it too.
+
+    The multiplier is constant, or with a ``decay_fraction`` that of :func:`table_lr_times`.
+    """
 
     multiplier: float = 1.0
-    decay_fraction: float = 1.0
+    decay_fraction: float | None = None
 
     def get_lr(self, initial_lr: float, current: int, t_max: int) -> float:
-        """The tables' rate after ``current`` of ``self.t_max`` tokens; ``initial_lr`` is the dense parameters' peak."""
+        """The group's rate after ``current`` of ``self.t_max`` tokens; ``initial_lr`` is the dense parameters' peak."""
         assert self.t_max is not None
         base = super().get_lr(initial_lr, current, t_max)
+        if self.decay_fraction is None:
+            return base * self.multiplier
         return base * table_lr_times(self.multiplier, current, self.t_max, self.decay_fraction)
 
 
@@ -50,7 +55,8 @@ def build_schedules(config: RunConfig) -> dict[str, Scheduler]:
     }
     return {
         "dense": CosWithWarmup(**shared),
-        "tables": TableCosine(
+        "keys": MultipliedCosine(**shared, multiplier=optimizer.key_lr_multiplier),
+        "tables": MultipliedCosine(
             **shared, multiplier=optimizer.table_lr_multiplier, decay_fraction=optimizer.table_lr_decay_fraction
         ),
     }

@@ -137,12 +137,20 @@ class UltraMemTrainModule(TrainModule):
     def optim_step(self) -> None:
         """Clips tables and the rest apart, sets the learning rates, steps, and refreshes the memories' search."""
         limits = {"dense": self.config.optimizer.max_grad_norm, "tables": self.config.optimizer.table_max_grad_norm}
+        for name, limit in limits.items():
+            # Keys are dense parameters with a rate of their own.
+            clipped = [
+                parameter
+                for group in self.optim.param_groups
+                if (group["name"] == "tables") == (name == "tables")
+                for parameter in group["params"]
+            ]
+            if clipped:
+                norm = nn.utils.clip_grad_norm_(clipped, limit if limit is not None else float("inf"))
+                self.record_metric(f"{name} grad norm", norm, namespace="optim")
         for group in self.optim.param_groups:
             name = group["name"]
-            limit = limits[name] if limits[name] is not None else float("inf")
-            norm = nn.utils.clip_grad_norm_(group["params"], limit)
             self.learning_rates[name] = float(self.schedules[name].set_lr(group, self.trainer))
-            self.record_metric(f"{name} grad norm", norm, namespace="optim")
             self.record_metric(f"{name} learning rate", self.learning_rates[name], namespace="optim")
         self.optim.step()
         if hasattr(self.model, "refresh_retrieval"):
