@@ -1,14 +1,29 @@
-"""One block of the decoder: OLMoE's attention and norms, a SwiGLU FFN, and memories beside it or in its place."""
+"""One block of the decoder: OLMoE's attention and norms, an FFN, and memories beside it or in its place."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeMLP, OlmoeRMSNorm
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm
 
 from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool
 from ultramem.model.configuration import UltraMemConfig
+from ultramem.model.ffn import build_ffn
+
+
+class BlockOutput(NamedTuple):
+    """What a block returns.
+
+    Attributes:
+        hidden_states: [B, T, D].
+        memories: results of the memories that start here.
+        router_logits: of the experts' router; None without experts.
+    """
+
+    hidden_states: Tensor
+    memories: tuple[MemoryOutput, ...]
+    router_logits: Tensor | None
 
 
 class UltraMemDecoderLayer(GradientCheckpointingLayer):
@@ -26,7 +41,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.self_attn = OlmoeAttention(config, layer_idx=layer_idx)  # type: ignore[arg-type]
         replaced = layer_idx in config.replaced_blocks
-        self.mlp = None if replaced else OlmoeMLP(config)  # type: ignore[no-untyped-call]
+        self.mlp = None if replaced else build_ffn(config)
         self.input_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         spans, memory_config = config.memory_spans, config.memory_config
@@ -47,7 +62,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         output_memory_statistics: bool = False,
         padding_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, tuple[MemoryOutput, ...]]:
+    ) -> BlockOutput:
         """Run the block.
 
         Args:
@@ -57,9 +72,6 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
             output_memory_statistics: passed to the memories.
             padding_mask: [B, past and present tokens], zero at padding, for memories whose queries look back.
             **kwargs: passed to the attention (mask, cache, position embeddings, and what serving engines add).
-
-        Returns:
-            The hidden states, and the results of the memories that start here.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
@@ -70,12 +82,14 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         results = tuple(
             memory(looked_up, pool, past, return_statistics=output_memory_statistics) for memory in self.memories
         )
+        router_logits = None
         if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(normed)
+            transformed, router_logits = self.mlp(normed)
+            hidden_states = hidden_states + transformed
         here = [result.output for result, end in zip(results, self.memory_ends, strict=True) if end == self.layer_idx]
         for output in (*here, *arriving):
             hidden_states = hidden_states + output
-        return hidden_states, results
+        return BlockOutput(hidden_states, results, router_logits)
 
     def _with_past(
         self, normed: Tensor, padding_mask: Tensor | None, cache: Cache | None

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, MemoryConfig, Span, parse_placement
+from ultramem.model.ffn import FFNConfig, MoEFFNConfig, make_ffn_config
 
 _POSITIVE_SIZES = (
     "vocab_size",
@@ -71,6 +72,7 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         attention_dropout: dropout of attention weights.
         clip_qkv: clips queries, keys and values; None for no clipping.
         tie_word_embeddings: one matrix for embedding and output.
+        ffn: settings of the FFN, ``{"type": "dense"}`` or ``{"type": "moe", …}`` (see `MoEFFNConfig`).
         memory: settings of the memory layers (see the config class of its ``type``), None for a dense decoder.
     """
 
@@ -96,6 +98,7 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     clip_qkv: float | None = None
+    ffn: dict[str, Any] | None = None
     memory: dict[str, Any] | None = field(default_factory=lambda: {"type": "ultramem_v2"})
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -122,6 +125,13 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
+        ffn = make_ffn_config(self.ffn)
+        if isinstance(ffn, MoEFFNConfig):
+            ffn.expert_size(self.intermediate_size)
+            # transformers' own switch, which `from_pretrained` and `set_experts_implementation` change.
+            if kwargs.get("experts_implementation") is None:
+                kwargs["experts_implementation"] = ffn.experts_implementation
+        self.ffn = asdict(ffn)
         if self.memory is not None:
             memory = make_memory_config(self.memory)
             # Every setting explicit: a saved model does not change when a default does.
@@ -135,6 +145,19 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if isinstance(rope, dict):
             _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but refuses the settings of another architecture. Raises ConfigError."""
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            advice = " `ultramem.model.from_olmoe` converts it." if kind == "olmoe" else ""
+            raise ConfigError(f"model_type must be {cls.model_type!r}; got {kind!r}.{advice}")
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def ffn_config(self) -> FFNConfig:
+        """The typed settings of the FFN."""
+        return make_ffn_config(self.ffn)
 
     @property
     def memory_config(self) -> MemoryConfig | None:

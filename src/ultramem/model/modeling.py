@@ -11,7 +11,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding
+from transformers.models.olmoe.modeling_olmoe import (
+    OlmoeAttention,
+    OlmoeExperts,
+    OlmoeRMSNorm,
+    OlmoeRotaryEmbedding,
+    OlmoeTopKRouter,
+)
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -21,6 +27,7 @@ from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.block import UltraMemDecoderLayer
 from ultramem.model.configuration import UltraMemConfig
+from ultramem.model.ffn import MoEFFNConfig, router_losses
 
 
 @dataclass
@@ -32,7 +39,7 @@ class UltraMemModelOutput(ModelOutput):
         past_key_values: the KV cache, if one is used.
         hidden_states: one [B, T, D] per block and the last, if asked for.
         attentions: attention weights per block, if asked for (eager attention).
-        auxiliary_losses: weighted auxiliary losses of the memories, summed over them, scalars by name.
+        auxiliary_losses: weighted auxiliary losses of memories and routers, summed over them, scalars by name.
         memory_statistics: one mapping per memory, if asked for by ``output_memory_statistics``.
     """
 
@@ -108,6 +115,11 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         """
         return False
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for experts in the source of this file; ours come from OLMoE's.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Children come before their parents: a block rescales its output projections and a memory draws its own linears
@@ -123,7 +135,11 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.self_attn.o_proj.weight, std=scaled)
             if module.mlp is not None:
-                init.normal_(module.mlp.down_proj.weight, std=scaled)
+                init.normal_(module.mlp.output_weight, std=scaled)
+        elif isinstance(module, OlmoeTopKRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, OlmoeExperts):
+            init.normal_(module.gate_up_proj, std=std)
         elif isinstance(module, nn.Conv1d):
             # The memory that owns it draws it.
             pass
@@ -235,8 +251,9 @@ class UltraMemModel(UltraMemPreTrainedModel):
         carried: list[tuple[int, Tensor]] = []
         losses: dict[str, Tensor] = {}
         statistics: list[dict[str, Tensor]] = []
+        router_logits: list[Tensor] = []
         for block in cast(list[UltraMemDecoderLayer], list(self.layers)):
-            hidden_states, results = block(
+            hidden_states, results, logits = block(
                 hidden_states,
                 arriving=tuple(output for end, output in carried if end == block.layer_idx),
                 pool=self.memory_pool,
@@ -249,12 +266,17 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+            if logits is not None:
+                router_logits.append(logits)
             for result, end in zip(results, block.memory_ends, strict=True):
                 if end > block.layer_idx:
                     carried.append((end, result.output))
                 for name, loss in result.losses.items():
                     losses[name] = losses[name] + loss if name in losses else loss
                 statistics.append(result.statistics)
+        ffn = self.config.ffn_config
+        if isinstance(ffn, MoEFFNConfig) and router_logits:
+            losses |= router_losses(tuple(router_logits), ffn, padding_mask)
         return UltraMemModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

@@ -3,14 +3,17 @@
 from typing import Literal, get_args
 
 from torch import nn
-from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts, OlmoeRMSNorm, OlmoeTopKRouter
 
 Role = Literal["matrix", "norm", "embedding", "key", "table"]
 
 _ROLES_OF_OTHERS: dict[type[nn.Module], dict[str, Role]] = {
     nn.Linear: {"weight": "matrix", "bias": "norm"},
     nn.Embedding: {"weight": "embedding"},
+    nn.Conv1d: {"weight": "matrix", "bias": "norm"},
     OlmoeRMSNorm: {"weight": "norm"},
+    OlmoeTopKRouter: {"weight": "matrix"},
+    OlmoeExperts: {"gate_up_proj": "matrix", "down_proj": "matrix"},
 }
 
 
