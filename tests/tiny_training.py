@@ -71,6 +71,7 @@ def tiny_settings(data_folder: Path, save_folder: Path) -> dict[str, Any]:
                 "value_dim": 8,
                 "pre_value_dim": 8,
                 "top_k": 4,
+                "tables": "ring",
                 "share_ratio": 0.75,
                 "key_balance_weight": 0.01,
                 "tucker_penalty_weight": 0.01,

@@ -34,6 +34,7 @@ def model_folder(tmp_path_factory, tokenizer):
             "value_dim": 8,
             "pre_value_dim": 4,
             "top_k": 5,
+            "tables": "ring",
             "share_ratio": 0.5,
         },
     )

@@ -42,7 +42,7 @@ def test_values_outside_what_is_allowed_are_named(changes, text):
             {"tables": "ring", "share_ratio": 0.3},
             r"share_ratio 0\.3 gives .* less than its own share.*3 memories it must be at least 0\.33",
         ),
-        ({"top_k": 37}, r"memory: top_k must lie between 1 and 36, the candidates of search 'two_stage'.*got 37"),
+        ({"top_k": 37}, r"memory\.top_k must lie between 1 and the 36 slots of a layer; got 37"),
         ({"top_k": 5, "coarse_top_k": 2}, r"memory: top_k must lie between 1 and 4, .*coarse_top_k 2; got 5"),
         ({"coarse_top_k": 7}, r"memory: coarse_top_k must lie between 1 and the 6 keys of a side; got 7"),
         ({"coarse_top_k": 7, "search": "exact"}, r"memory: coarse_top_k must lie between 1 and the 6 keys"),

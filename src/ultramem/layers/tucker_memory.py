@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from ultramem.errors import ConfigError
 from ultramem.layers.memory import MemoryConfig, MemoryLayer
@@ -148,12 +147,11 @@ class TuckerMemory(MemoryLayer):
         return self.config.num_blocks * self.window.size
 
     @torch.no_grad()
-    def reset_retrieval(self, query_std: float, out_std: float, norm_gain: float | None) -> None:
-        """Initialise what both layers have; ``norm_gain`` None simulates (see `TuckerRetrieval.reset_parameters`)."""
+    def reset_retrieval(self, query_std: float, norm_gain: float | None) -> None:
+        """Draw permutation and retrieval; ``norm_gain`` None simulates (see `TuckerRetrieval.reset_parameters`)."""
         if not is_loaded(self.permutation):
             generator = torch.Generator().manual_seed(self.config.shuffle_seed * 1_000_003 + self.memory_index)
             self.permutation.copy_(torch.randperm(self.num_slots, generator=generator, device="cpu"))
-        init.normal_(self.out_proj.weight, std=out_std)
         self.retrieval.reset_parameters(query_std, norm_gain)
 
     def score_variance(self) -> float:

@@ -82,7 +82,8 @@ class UltraMem(TuckerMemory):
             init.zeros_(self.query_conv.weight)
             init.ones_(self.query_conv.weight[:, :, -1])
         gain = None if config.init == "paper" else config.key_dim**-0.33
-        self.reset_retrieval(config.key_dim**-0.5, config.pooled_dim**-0.5, gain)
+        init.normal_(self.out_proj.weight, std=config.pooled_dim**-0.5)
+        self.reset_retrieval(config.key_dim**-0.5, gain)
 
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
         """The inputs, convolved along the tokens (the axis before the last) where the layer has a convolution."""

@@ -107,9 +107,10 @@ class UltraMemV2(TuckerMemory):
         else:
             query_std, out_std = config.key_dim**-0.5, config.pooled_dim**-0.5
             pre_std, gain = self.hidden_size**-0.5, config.key_dim**-0.4
+        init.normal_(self.out_proj.weight, std=out_std)
         if self.pre_proj is not None:
             init.normal_(self.pre_proj.weight, std=pre_std)
-        self.reset_retrieval(query_std, out_std, gain)
+        self.reset_retrieval(query_std, gain)
 
     def pre_input(self, x_ND: Tensor) -> Tensor:
         """W_pre x."""

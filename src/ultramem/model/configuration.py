@@ -178,15 +178,15 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return {span.start for span in self.memory_spans} if replace else set()
 
     @property
-    def layer_types(self) -> list[str] | None:
-        """What the cache keeps for each block, in transformers' words; None for keys and values everywhere.
+    def layer_types(self) -> list[str]:
+        """What the cache keeps for each block, in transformers' words.
 
-        Blocks with memories whose queries look back also keep the latest inputs of their memories.
+        Keys and values everywhere; blocks with memories whose queries look back also keep the latest inputs of their
+        memories.
         """
         memory = self.memory_config
-        if memory is None or not memory.num_past_tokens:
-            return None
-        starts = {span.start for span in self.memory_spans}
+        looks_back = memory is not None and memory.num_past_tokens > 0
+        starts = {span.start for span in self.memory_spans} if looks_back else set()
         return ["hybrid" if block in starts else "full_attention" for block in range(self.num_hidden_layers)]
 
     @property

@@ -208,7 +208,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -220,7 +220,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
 
         Args:
             input_ids: [B, T] int64; exactly one of it and ``inputs_embeds``.
-            attention_mask: [B, T], one where a token is real; or what `transformers` accepts in its place.
+            attention_mask: [B, T], one where a token is real; or what `transformers` accepts or makes in its place.
             position_ids: [B, T] or [1, T]; None continues the cache.
             past_key_values: KV cache to extend.
             inputs_embeds: [B, T, D].
@@ -239,14 +239,18 @@ class UltraMemModel(UltraMemPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if isinstance(attention_mask, dict):
+            # `generate` with a static cache makes the masks beforehand, one for each need in `layer_types`.
+            mask, padding_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         carried: list[tuple[int, Tensor]] = []
         losses: dict[str, Tensor] = {}
