@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, MemoryConfig, Span, parse_placement
 from ultramem.model.ffn import FFNConfig, MoEFFNConfig, make_ffn_config
+from ultramem.model.presets import preset_settings
 
 _POSITIVE_SIZES = (
     "vocab_size",
@@ -153,6 +154,20 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             advice = " `ultramem.model.from_olmoe` converts it." if kind == "olmoe" else ""
             raise ConfigError(f"model_type must be {cls.model_type!r}; got {kind!r}.{advice}")
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "UltraMemConfig":
+        """The settings of one of `ultramem.model.presets.PRESETS`.
+
+        Args:
+            name: of the preset.
+            overrides: arguments that replace the preset's; mappings for ``memory`` and ``ffn`` are merged over the
+                preset's, or stand alone if they name another ``type``.
+
+        Raises:
+            ConfigError: no such preset (names the nearest and lists all), or settings that do not fit together.
+        """
+        return cls(**preset_settings(name, **overrides))
 
     @property
     def ffn_config(self) -> FFNConfig:
