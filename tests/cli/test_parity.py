@@ -8,17 +8,29 @@ from safetensors.torch import save_file
 from ultramem.cli import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FIXTURES = sorted(GOLDEN.glob("ultramem_v2_*.safetensors"))
+FIXTURES = sorted(GOLDEN.glob("*.safetensors"))
+
+
+def read_base():
+    with safe_open(GOLDEN / "ultramem_v2_base.safetensors", "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @pytest.fixture
 def wrong(tmp_path):
     """The base fixture with one number of its output changed."""
-    with safe_open(GOLDEN / "ultramem_v2_base.safetensors", "pt") as file:
-        settings, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    settings, tensors = read_base()
     tensors["out.y"][1, 2, 3] += 0.5
     save_file(tensors, tmp_path / "wrong.safetensors", metadata=settings)
     return tmp_path / "wrong.safetensors"
+
+
+@pytest.fixture
+def unknown(tmp_path):
+    """The base fixture under the name of a layer that nobody knows."""
+    settings, tensors = read_base()
+    save_file(tensors, tmp_path / "unknown.safetensors", metadata=settings | {"layer": "ultramem_v9"})
+    return tmp_path / "unknown.safetensors"
 
 
 def test_a_line_per_fixture(invoke):
@@ -48,15 +60,15 @@ def test_a_failure_is_named_and_the_rest_still_runs(invoke, wrong):
     ("name", "said"),
     [
         ("missing.safetensors", "missing.safetensors cannot be read as a safetensors fixture: "),
-        ("pkm_base.safetensors", "pkm_base.safetensors is no fixture of a layer that is built here: "),
+        ("unknown.safetensors", "unknown.safetensors is no fixture of a layer that is built here: "),
     ],
 )
-def test_what_is_no_fixture_is_named_and_the_rest_still_runs(invoke, wrong, name, said):
-    result = invoke("parity", FIXTURES[0], GOLDEN / name, wrong, FIXTURES[1])
+def test_what_is_no_fixture_is_named_and_the_rest_still_runs(invoke, tmp_path, wrong, unknown, name, said):
+    result = invoke("parity", FIXTURES[0], tmp_path / name, wrong, FIXTURES[1])
     assert result.exit_code == 2
     first, second, third, fourth = result.stdout.splitlines()
     assert first.endswith("ok")
-    assert second.startswith(f"{name}: ERROR: {GOLDEN}")
+    assert second.startswith(f"{name}: ERROR: {tmp_path}")
     assert said in second
     assert "Name " in second
     assert "FAILED: output differs" in third
@@ -66,7 +78,7 @@ def test_what_is_no_fixture_is_named_and_the_rest_still_runs(invoke, wrong, name
 
 
 def test_the_help_names_fixtures_that_can_be_compared(invoke):
-    assert "ultramem_v2_*.safetensors" in invoke("parity", "--help").stdout
+    assert "tests/golden/*.safetensors" in invoke("parity", "--help").stdout
 
 
 def test_no_file_at_all_is_a_usage_error(invoke):

@@ -147,6 +147,7 @@ def test_every_field_of_the_decoder_changes_the_model():
         "attention_dropout": 0.5,
         "clip_qkv": 0.1,
         "tie_word_embeddings": False,
+        "ffn": {"type": "moe", "num_experts": 4, "num_experts_per_tok": 2},
         "memory": {"placement": [1]},
     }
     ours = {field.name for field in fields(UltraMemConfig)} & set(UltraMemConfig.__annotations__)

@@ -8,7 +8,7 @@ import typer
 
 def parity(
     files: Annotated[
-        list[Path], typer.Argument(help="Fixtures (*.safetensors), for example tests/golden/ultramem_v2_*.safetensors")
+        list[Path], typer.Argument(help="Fixtures (*.safetensors), for example tests/golden/*.safetensors")
     ],
 ) -> None:
     """Compare our layers with fixtures of published implementations; exit 1 if one differs, 2 if one cannot be used.

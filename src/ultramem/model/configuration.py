@@ -145,6 +145,7 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         rope = self.rope_parameters or kwargs.get("rope_scaling") or {}
         if isinstance(rope, dict):
             _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
+        kwargs["layer_types"] = self._cache_kinds()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -192,13 +193,9 @@ class UltraMemConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         replace = memory is not None and memory.position == "replace"
         return {span.start for span in self.memory_spans} if replace else set()
 
-    @property
-    def layer_types(self) -> list[str]:
-        """What the cache keeps for each block, in transformers' words.
-
-        Keys and values everywhere; blocks with memories whose queries look back also keep the latest inputs of their
-        memories.
-        """
+    def _cache_kinds(self) -> list[str]:
+        # What the cache keeps for each block, in transformers' words: keys and values; where the queries of memories
+        # look back, also the latest inputs of those memories. Plain data, for a compiled forward reads it.
         memory = self.memory_config
         looks_back = memory is not None and memory.num_past_tokens > 0
         starts = {span.start for span in self.memory_spans} if looks_back else set()

@@ -160,6 +160,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         self.layers = nn.ModuleList([UltraMemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = OlmoeRotaryEmbedding(config)  # type: ignore[no-untyped-call,arg-type]
+        self.ffn_config = config.ffn_config
         self.memory_pool: MemoryPool | None = None
         if (memory := config.memory_config) is not None:
             layer = MEMORY_TYPES[memory.type].layer
@@ -278,9 +279,8 @@ class UltraMemModel(UltraMemPreTrainedModel):
                 for name, loss in result.losses.items():
                     losses[name] = losses[name] + loss if name in losses else loss
                 statistics.append(result.statistics)
-        ffn = self.config.ffn_config
-        if isinstance(ffn, MoEFFNConfig) and router_logits:
-            losses |= router_losses(tuple(router_logits), ffn, padding_mask)
+        if isinstance(self.ffn_config, MoEFFNConfig) and router_logits:
+            losses |= router_losses(tuple(router_logits), self.ffn_config, padding_mask)
         return UltraMemModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

@@ -4,7 +4,9 @@ Precedence: defaults here < the YAML file < ``a.b=c`` overrides. The sections ar
 model section is the keyword arguments of :class:`ultramem.model.UltraMemConfig`.
 """
 
+import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -235,7 +237,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             f"'{path}' must hold sections (run, model, data, …) as in configs/demo.yaml, but it holds a "
             f"{type(data).__name__}: {str(data)[:40]}"
         )
-    for key, value in parse_overrides(overrides):
+    parsed = parse_overrides(overrides)
+    _switch_types(data.get("model"), dict(parsed))
+    for key, value in parsed:
         set_dotted(data, key, value)
     data = check_section(data, RunConfig)
     data["model"] = check_model_section(data.get("model") or {})
@@ -246,17 +250,54 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return config
 
 
-def check_model_section(model: dict[str, Any]) -> dict[str, Any]:
-    """Checks the keys and types of the model section against the model's and its memory's config dataclasses."""
+def _typed_sections() -> dict[str, dict[str, type]]:
+    """Sections of the model whose keys depend on their ``type``: config class by type, the default type first."""
     from ultramem.layers import MEMORY_TYPES
+    from ultramem.model.ffn import FFN_TYPES
+
+    return {"memory": {name: kind.config for name, kind in MEMORY_TYPES.items()}, "ffn": dict(FFN_TYPES)}
+
+
+def _switch_types(model: Any, overrides: dict[str, Any]) -> None:
+    """Where an override names another type, sets aside what the file says about the old one, and says so.
+
+    Only keys that the old type has and the new one lacks: a mistyped key is still found.
+    """
+    if not isinstance(model, dict):
+        return
+    for name, types_of_section in _typed_sections().items():
+        section, new = model.get(name), overrides.get(f"model.{name}.type")
+        if not isinstance(section, dict) or not isinstance(new, str) or new not in types_of_section:
+            continue
+        old = section.get("type", next(iter(types_of_section)))
+        known_to = {
+            kind: {field.name for field in dataclasses.fields(types_of_section[kind])}
+            for kind in (old, new)
+            if kind in types_of_section
+        }
+        left = sorted(key for key in section if key in known_to.get(old, ()) and key not in known_to[new])
+        for key in left:
+            del section[key]
+        if left:
+            settings = ", ".join(f"model.{name}.{key}" for key in left)
+            print(f"{settings}: of {old}, which {new} does not have; left out", file=sys.stderr)
+
+
+def check_model_section(model: dict[str, Any]) -> dict[str, Any]:
+    """Checks the keys and types of the model section against the dataclasses of model, memory and FFN."""
     from ultramem.model import UltraMemConfig
 
-    checked = check_section({key: value for key, value in model.items() if key != "memory"}, UltraMemConfig, "model")
-    if "memory" in model:
-        checked["memory"] = memory = model["memory"]
-        if memory is not None:
-            memory_type = memory.get("type", "ultramem_v2") if isinstance(memory, dict) else "ultramem_v2"
-            if memory_type not in MEMORY_TYPES:
-                raise ConfigError(f"'model.memory.type' must be one of {', '.join(MEMORY_TYPES)}; got {memory_type!r}")
-            checked["memory"] = check_section(memory, MEMORY_TYPES[memory_type].config, "model.memory")
+    sections = _typed_sections()
+    plain = {key: value for key, value in model.items() if key not in sections}
+    checked = check_section(plain, UltraMemConfig, "model")
+    for name, types_of_section in sections.items():
+        if name not in model:
+            continue
+        checked[name] = section = model[name]
+        if section is not None:
+            default = next(iter(types_of_section))
+            kind = section.get("type", default) if isinstance(section, dict) else default
+            if kind not in types_of_section:
+                raise ConfigError(f"'model.{name}.type' must be one of {', '.join(types_of_section)}; got {kind!r}")
+            checked[name] = check_section(section, types_of_section[kind], f"model.{name}")
     return checked

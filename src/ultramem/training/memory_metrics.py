@@ -46,7 +46,7 @@ class MemoryMeter:
 
         Args:
             statistics: ``slots_NK`` int64 selected virtual slots, ``scores_NK`` their scores (mean over cores),
-                ``output_std`` scalar, ``singular_values`` [heads, rank].
+                ``output_std`` scalar, and with Tucker scores ``singular_values`` [heads, rank].
         """
         slots_NK, scores_NK = statistics["slots_NK"].detach(), statistics["scores_NK"].detach().double()
         flat = slots_NK.reshape(-1).to(self.counts_S.device)
@@ -61,7 +61,9 @@ class MemoryMeter:
                 (variance * num_tokens).cpu(),
             ]
         )
-        self.singular_values = statistics["singular_values"].detach()
+        # Of Tucker cores; additive scores have none.
+        if "singular_values" in statistics:
+            self.singular_values = statistics["singular_values"].detach()
 
     def read(self) -> dict[str, float]:
         """The period's metrics over all processes: coverage, divergence, scores, output std, singular values."""
