@@ -5,10 +5,12 @@ Importing this package registers the model with transformers' Auto classes.
 
 from ultramem.layers import MemoryPool, UltraMemV2, UltraMemV2Config
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
+from ultramem.model.attach import MemoryAdapter, attach, detach, load_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MemoryAdapter",
     "MemoryPool",
     "UltraMemConfig",
     "UltraMemForCausalLM",
@@ -16,4 +18,7 @@ __all__ = [
     "UltraMemV2",
     "UltraMemV2Config",
     "__version__",
+    "attach",
+    "detach",
+    "load_adapter",
 ]
