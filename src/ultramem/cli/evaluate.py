@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer
+from ultramem.files import staged_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -85,10 +86,9 @@ def evaluate(
     }
     _print(numbers, result, report)
     if json_file is not None:
-        temporary = json_file.with_name(json_file.name + ".tmp")
         text = json.dumps(_finite_or_none(numbers), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(json_file)
+        with staged_file(json_file) as stage:
+            stage.write_text(text + "\n", encoding="utf-8")
 
 
 def _check_writable(json_file: Path) -> None:
