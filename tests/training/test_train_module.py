@@ -200,7 +200,9 @@ def test_eval_batch_gives_losses_per_position_without_dropout():
     module = make_module(model=tiny_model())
     input_ids = batch()["input_ids"]
     labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    module.model.train()
     logits, losses = module.eval_batch({"input_ids": input_ids}, labels)
+    assert module.model.training
     assert logits.shape == (4, 16, VOCAB_SIZE)
     assert losses.shape == (4, 16)
     assert (losses[:, -1] == 0).all()

@@ -15,6 +15,7 @@ from olmo_core.utils import move_to_device
 from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
+from ultramem.evaluation.mode import evaluating
 from ultramem.training.config import RunConfig
 from ultramem.training.memory_metrics import build_meters
 from ultramem.training.optim import build_optimizer, group_settings
@@ -126,9 +127,8 @@ class UltraMemTrainModule(TrainModule):
 
     def eval_batch(self, batch: dict[str, Any], labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, vocabulary] and, given labels, the loss per position [B, T] (0 where ignored)."""
-        self.model.eval()
         batch = move_to_device(batch, self.trainer.device)
-        with torch.no_grad(), self._autocast():
+        with evaluating(self.model), torch.no_grad(), self._autocast():
             logits_BTV = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         if labels is None:
             return logits_BTV, None
