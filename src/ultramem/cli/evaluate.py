@@ -32,7 +32,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens per window; default: the model's positions, at most 1024.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 16,
-    dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.fp32,
     max_tokens: Annotated[int | None, typer.Option(help="Predict only the first so many tokens.")] = None,
     recall: Annotated[
         bool | None,
@@ -66,7 +66,7 @@ def evaluate(
         "sequence_length_tokens": sequence_length,
         "batch_size": batch_size,
         "bytes_per_token": part.bytes_per_token if part.num_tokens else None,
-        "dtype": torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32,
+        "dtype": torch.bfloat16 if dtype is Precision.bf16 else torch.float32,
         "max_tokens": max_tokens,
     }
     with _progress() as progress:
