@@ -17,12 +17,14 @@ from ultramem.layers import (
     UltraMemV2Config,
 )
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
+from ultramem.model.attach import MemoryAdapter, attach, detach, load_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PEER",
     "PKM",
+    "MemoryAdapter",
     "MemoryPlus",
     "MemoryPlusConfig",
     "MemoryPool",
@@ -36,4 +38,7 @@ __all__ = [
     "UltraMemV2",
     "UltraMemV2Config",
     "__version__",
+    "attach",
+    "detach",
+    "load_adapter",
 ]

@@ -15,3 +15,7 @@ class DataError(UltraMemError):
 
 class CheckpointError(UltraMemError):
     """A path does not hold the model folder or run folder that was expected, or its content is damaged."""
+
+
+class TrainingError(UltraMemError):
+    """A run cannot go on: its loss or its gradient is no finite number."""

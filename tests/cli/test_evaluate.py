@@ -2,11 +2,13 @@ import json
 import math
 import os
 import shutil
+from typing import get_args
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from tiny_models import tiny_tokenizer
+from ultramem.cli.loading import Precision
 from ultramem.data import facts
 from ultramem.data.facts import Fact
 from ultramem.data.manifest import load_manifest
@@ -14,6 +16,7 @@ from ultramem.data.prepare import PrepareConfig, prepare
 from ultramem.errors import CheckpointError, ConfigError, DataError
 from ultramem.evaluation import perplexity
 from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from ultramem.training.config import Precision as RunPrecision
 
 
 @pytest.fixture
@@ -56,9 +59,14 @@ def test_split_precision_and_token_limit_reach_the_measurement(invoke, model_fol
     assert whole["sequence_length_tokens"] == 64  # the model's positions
     assert numbers("--max-tokens", 50)["num_tokens"] == 50
     assert numbers("--split", "train")["num_tokens"] > whole["num_tokens"]
-    rounded = numbers("--dtype", "bfloat16")
+    rounded = numbers("--dtype", "bf16")
+    assert (whole["dtype"], rounded["dtype"]) == ("fp32", "bf16")
     assert rounded["loss"] != whole["loss"]
     assert rounded["loss"] == pytest.approx(whole["loss"], rel=0.01)
+
+
+def test_precision_has_the_words_of_the_run_configuration():
+    assert {precision.value for precision in Precision} == set(get_args(RunPrecision))
 
 
 def test_recall_is_asked_for_and_shown(invoke, model_folder, data_folder, tmp_path, monkeypatch):

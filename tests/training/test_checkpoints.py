@@ -41,9 +41,10 @@ def test_only_states_with_the_file_written_last_are_complete(tmp_path):
 def test_leftovers_go_and_everything_complete_stays(tmp_path):
     kept = [make_step(tmp_path, "step10"), make_step(tmp_path, "step10-hf", ["config.json"])]
     kept += [make_step(tmp_path, "steps", ["notes"]), make_step(tmp_path, "tensorboard", ["events"])]
-    for name in ("step20", "step30-tmp", "step10-hf.tmp", "step5-hf.old"):
+    leftovers = ["step10-hf.partial-12", "step10-hf.replaced-3", "step20", "step30-tmp", "step5-hf.old"]
+    for name in leftovers:
         make_step(tmp_path, name, COMPLETE[:2])
-    assert remove_leftovers(tmp_path) == ["step10-hf.tmp", "step20", "step30-tmp", "step5-hf.old"]
+    assert remove_leftovers(tmp_path) == leftovers
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     assert remove_leftovers(tmp_path / "missing") == []
 
@@ -103,10 +104,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 class FailingModel:
-    """Dies like a process on a full disk, in the middle of the export."""
+    """Its export ends in the middle, on a full disk."""
 
     def save_pretrained(self, folder):
-        os.makedirs(folder)
         (folder / "config.json").write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -116,4 +116,4 @@ def test_a_failed_export_leaves_the_old_model_folder(tmp_path):
     with pytest.raises(OSError, match="No space"):
         export_model(FailingModel(), tmp_path, target)
     assert (target / "config.json").read_text() == "x"
-    assert remove_leftovers(tmp_path) == ["step3-hf.tmp"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -51,6 +51,17 @@ def test_output_std_pools_variances_by_tokens():
     assert meter.read()["output_std"] == pytest.approx(math.sqrt((3 * 1 + 1 * 9) / 4))
 
 
+def test_sums_stay_on_the_device_of_the_statistics():
+    """Nothing is copied to another device, which would wait for it: the meta device has nothing to copy."""
+    meter = MemoryMeter(4)
+    for _ in range(2):
+        meter.update({name: value.to("meta") for name, value in statistics([[0, 1]], [[1.0, 1.0]]).items()})
+    assert (meter.counts_S.device.type, meter.sums.device.type) == ("meta", "meta")
+    meter.reset()
+    meter.update(statistics([[3, 3]], [[1.0, 1.0]]))
+    assert meter.read()["value_coverage"] == 0.25
+
+
 def test_reset_starts_a_new_period():
     meter = MemoryMeter(4)
     meter.update(statistics([[0, 1]], [[1.0, 1.0]]))

@@ -7,14 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from tiny_training import VOCAB_SIZE, tiny_model
+from ultramem.errors import TrainingError
 from ultramem.model.roles import parameter_roles
+from ultramem.training import train_module
+from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import (
     DataSection,
     LoggingSection,
     OptimizerSection,
     RunConfig,
+    RunSection,
     TrainingSection,
 )
+from ultramem.training.run import resolve_config, train
 from ultramem.training.train_module import UltraMemTrainModule
 
 
@@ -30,6 +35,7 @@ class FakeTrainer(SimpleNamespace):
 
 def make_module(micro_batch_sequences=None, precision="fp32", memory_interval_steps=None, model=None, **optimizer):
     config = RunConfig(
+        run=RunSection(save_folder="absent"),
         data=DataSection(sequence_length_tokens=16),
         optimizer=OptimizerSection(**optimizer),
         training=TrainingSection(
@@ -127,6 +133,46 @@ def test_no_limit_leaves_gradients_alone():
         assert torch.equal(gradient, before[name])
 
 
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda module: setattr(module, "batch_loss", torch.tensor(float("inf"))), r"loss inf, dense grad norm \d"),
+        (
+            lambda module: module.model.model.memory_pool.values.grad.view(-1)[3].fill_(float("nan")),
+            r"loss \d\.\d+, dense grad norm \d\S*, tables grad norm nan",
+        ),
+    ],
+)
+def test_a_step_that_would_spoil_the_weights_is_not_taken(spoil, found):
+    module = make_module()
+    module.train_batch(batch())
+    spoil(module)
+    before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
+    message = rf"step 1 cannot be taken \({found}.*Lower 'optimizer.lr'.*no checkpoint is complete yet in 'absent'"
+    with pytest.raises(TrainingError, match=message):
+        module.optim_step()
+    for name, parameter in module.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("memory", ["", "model.memory=null"])
+def test_a_run_whose_loss_is_nan_names_its_step_and_its_last_checkpoint(config_path, monkeypatch, memory):
+    losses, count = train_module.next_token_losses, iter(range(100))
+    # Two micro-batches a step: the second of step 6.
+    monkeypatch.setattr(
+        train_module, "next_token_losses", lambda *given: losses(*given) * (float("nan") if next(count) == 11 else 1)
+    )
+    overrides = ["checkpoint.save_async=false", "logging.interval_steps=10", *filter(None, [memory])]
+    with pytest.raises(TrainingError) as error:
+        train(*resolve_config(config_path, overrides))
+    run_folder = config_path.parent / "run"
+    assert "step 6 cannot be taken (loss nan, dense grad norm nan" in str(error.value)
+    assert f"last complete checkpoint is '{run_folder}/step4', and the same command resumes from it" in str(error.value)
+    assert complete_steps(run_folder) == [4]
+    monkeypatch.undo()
+    assert train(*resolve_config(config_path, overrides)).name == "step12-hf"
+
+
 def test_step_moves_every_parameter_at_its_groups_rate_and_refreshes_the_search():
     module = make_module(lr=0.01, key_lr_multiplier=0.25, table_lr_multiplier=20.0, weight_decay=0.0)
     before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
@@ -200,7 +246,9 @@ def test_eval_batch_gives_losses_per_position_without_dropout():
     module = make_module(model=tiny_model())
     input_ids = batch()["input_ids"]
     labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    module.model.train()
     logits, losses = module.eval_batch({"input_ids": input_ids}, labels)
+    assert module.model.training
     assert logits.shape == (4, 16, VOCAB_SIZE)
     assert losses.shape == (4, 16)
     assert (losses[:, -1] == 0).all()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer
+from ultramem.files import staged_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,7 +32,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens per window; default: the model's positions, at most 1024.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 16,
-    dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.fp32,
     max_tokens: Annotated[int | None, typer.Option(help="Predict only the first so many tokens.")] = None,
     recall: Annotated[
         bool | None,
@@ -65,7 +66,7 @@ def evaluate(
         "sequence_length_tokens": sequence_length,
         "batch_size": batch_size,
         "bytes_per_token": part.bytes_per_token if part.num_tokens else None,
-        "dtype": torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32,
+        "dtype": torch.bfloat16 if dtype is Precision.bf16 else torch.float32,
         "max_tokens": max_tokens,
     }
     with _progress() as progress:
@@ -85,10 +86,9 @@ def evaluate(
     }
     _print(numbers, result, report)
     if json_file is not None:
-        temporary = json_file.with_name(json_file.name + ".tmp")
         text = json.dumps(_finite_or_none(numbers), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(json_file)
+        with staged_file(json_file) as stage:
+            stage.write_text(text + "\n", encoding="utf-8")
 
 
 def _check_writable(json_file: Path) -> None:

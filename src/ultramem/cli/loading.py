@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """Arithmetic of the matrix products."""
+    """Arithmetic of the matrix products, in the words of a run's ``training.precision``."""
 
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def find_model_folder(checkpoint: Path) -> Path:

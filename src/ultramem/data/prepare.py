@@ -25,9 +25,9 @@ from ultramem.data.manifest import (
     write_manifest,
 )
 from ultramem.data.spool import Spool
-from ultramem.data.staging import staged_folder
 from ultramem.data.writer import TokenWriter
 from ultramem.errors import ConfigError, DataError
+from ultramem.files import staged_folder
 
 # Documents encoded at once: enough for the tokenizer's threads, small enough that Ctrl-C is heard soon.
 _BATCH_DOCUMENTS = 256

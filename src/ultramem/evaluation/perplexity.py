@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ultramem.errors import DataError
+from ultramem.evaluation.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ def evaluate_perplexity(
             f"sequence length {sequence_length_tokens}, batch size {batch_size} and maximum of tokens {max_tokens} "
             f"must each be at least 1."
         )
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         start_s = time.perf_counter()
         loss_sum, num_tokens = 0.0, 0
         for input_ids_BT, labels_BT in iterate_windows(
@@ -105,8 +104,6 @@ def evaluate_perplexity(
             if progress is not None:
                 progress(labels_BT.numel())
         duration_s = time.perf_counter() - start_s
-    finally:
-        model.train(was_training)
     if num_tokens == 0:
         names = ", ".join(str(file) for file in token_files) or "no files"
         raise DataError(f"nothing to predict in {names}: at least two tokens are needed. Prepare more text.")

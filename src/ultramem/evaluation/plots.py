@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ultramem.errors import DataError
+from ultramem.files import staged_file
 
 TOKENS, TRAIN_LOSS, VALIDATION_LOSS = "throughput/total tokens", "train/CE loss", "validation/CE loss"
 _COVERAGE = re.compile(r"memory/(\d+)/value_coverage")
@@ -44,9 +45,8 @@ def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float]
 
 def save(figure: Figure, file: Path) -> None:
     """Write a PNG, complete or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
-    temporary.replace(file)
+    with staged_file(file) as stage:
+        figure.savefig(stage, format="png", dpi=_DOTS_PER_INCH)
 
 
 def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:

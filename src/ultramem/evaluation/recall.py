@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultramem.data.facts import Fact, candidates
 from ultramem.errors import DataError
+from ultramem.evaluation.mode import evaluating
 
 _MIN_PRIOR_FACTS = 16
 _MAX_TREE_TOKENS = 512  # attention's cost grows with the square of it, the prompt's share falls with it
@@ -129,10 +130,8 @@ def evaluate_recall(
     for fact in facts:
         right_answers[fact.relation, fact.subject].add(fact.answer)
 
-    was_training = model.training
-    model.eval()
     results: dict[str, list[_Ranks]] = {}
-    try:
+    with evaluating(model):
         for relation in dict.fromkeys(fact.relation for fact in facts if fact in asked):
             of_relation = [fact for fact in shuffled if fact.relation == relation]
             # The facts that are asked lead the shuffled list; what follows them only sharpens the mean over subjects.
@@ -150,8 +149,6 @@ def evaluate_recall(
             ]
             if progress is not None:
                 progress(num_asked)
-    finally:
-        model.train(was_training)
     return RecallReport(
         total=_summarise([ranks for of_relation in results.values() for ranks in of_relation]),
         relations={relation: _summarise(ranks) for relation, ranks in results.items()},

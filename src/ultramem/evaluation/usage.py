@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ultramem.evaluation.mode import evaluating
 from ultramem.evaluation.perplexity import iterate_windows
 from ultramem.model import UltraMemForCausalLM
 
@@ -29,9 +30,7 @@ def count_slot_reads(
         One tensor per memory: reads of each virtual slot of its window, int64 [slots]; all zero without text.
     """
     counts = [torch.zeros(num_slots, dtype=torch.int64) for num_slots in model.num_slots_per_memory]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for input_ids_BT, _ in iterate_windows(
             token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens
         ):
@@ -44,6 +43,4 @@ def count_slot_reads(
             )
             for counts_S, statistics in zip(counts, output.memory_statistics, strict=True):
                 counts_S += statistics["slots_NK"].flatten().cpu().bincount(minlength=len(counts_S))
-    finally:
-        model.train(was_training)
     return counts

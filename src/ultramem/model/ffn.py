@@ -1,7 +1,7 @@
 """The FFN of a block: dense SwiGLU, or the mixture of experts of OLMoE; settings, costs, modules and router losses."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -184,8 +184,7 @@ class DenseFFN(OlmoeMLP):
     @property
     def output_weight(self) -> nn.Parameter:
         """The projection back to the hidden states."""
-        weight: nn.Parameter = self.down_proj.weight
-        return weight
+        return cast(nn.Parameter, self.down_proj.weight)
 
 
 class MoEFFN(nn.Module):
@@ -222,8 +221,7 @@ class MoEFFN(nn.Module):
     @property
     def output_weight(self) -> nn.Parameter:
         """The experts' projections back to the hidden states."""
-        weight: nn.Parameter = self.experts.down_proj
-        return weight
+        return self.experts.down_proj
 
 
 def build_ffn(config: "UltraMemConfig") -> DenseFFN | MoEFFN:
@@ -233,7 +231,7 @@ def build_ffn(config: "UltraMemConfig") -> DenseFFN | MoEFFN:
     return DenseFFN(config)  # type: ignore[no-untyped-call]
 
 
-def grouped_linear_experts(experts: nn.Module, x_ND: Tensor, index_NA: Tensor, weights_NA: Tensor) -> Tensor:
+def grouped_linear_experts(experts: Any, x_ND: Tensor, index_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """Experts' outputs by one grouped matrix product per projection: trains and compiles in every dtype.
 
     Registered with transformers as the experts implementation ``grouped_linear``. In contrast to ``grouped_mm`` it
@@ -250,11 +248,11 @@ def grouped_linear_experts(experts: nn.Module, x_ND: Tensor, index_NA: Tensor, w
     """
     num_tokens, num_chosen = index_NA.shape
     expert_S, order_S = index_NA.reshape(-1).sort()
-    bounds_E = torch.arange(experts.num_experts, device=expert_S.device, dtype=expert_S.dtype)  # type: ignore[arg-type]
+    bounds_E = torch.arange(experts.num_experts, device=expert_S.device, dtype=expert_S.dtype)
     ends_E = torch.searchsorted(expert_S, bounds_E, right=True).to(torch.int32)
-    gate_up = grouped_linear(x_ND[order_S // num_chosen], experts.gate_up_proj, ends_E)  # type: ignore[arg-type]
-    inner = experts._apply_gate(gate_up)  # type: ignore[operator]
-    outer = grouped_linear(inner, experts.down_proj, ends_E)  # type: ignore[arg-type]
+    gate_up = grouped_linear(x_ND[order_S // num_chosen], experts.gate_up_proj, ends_E)
+    inner = experts._apply_gate(gate_up)
+    outer = grouped_linear(inner, experts.down_proj, ends_E)
     outer = outer * weights_NA.reshape(-1)[order_S].unsqueeze(-1)
     # Back in the order of the choices, each token's lie side by side: a sum in fixed order, free of atomics.
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))

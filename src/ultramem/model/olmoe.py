@@ -116,7 +116,7 @@ def _load(source: str | Path) -> OlmoeForCausalLM:
     try:
         config = AutoConfig.from_pretrained(source)
         if isinstance(config, OlmoeConfig):
-            return cast(OlmoeForCausalLM, OlmoeForCausalLM.from_pretrained(source))
+            return OlmoeForCausalLM.from_pretrained(source)
     except OSError as error:
         raise CheckpointError(
             f"no OLMoE model can be read at {str(source)!r} ({' '.join(str(error).split())}). Name a folder that "
@@ -128,7 +128,7 @@ def _load(source: str | Path) -> OlmoeForCausalLM:
 def _copy_into(kind: type[PreTrainedModel], config: Any, source: PreTrainedModel) -> PreTrainedModel:
     with no_init_weights():
         model: PreTrainedModel = kind._from_config(config, dtype=source.dtype)  # type: ignore[no-untyped-call]
-    model.tie_weights()  # type: ignore[no-untyped-call]
+    model.tie_weights()
     model.load_state_dict(source.state_dict())
     model.generation_config = copy.deepcopy(source.generation_config)
-    return model.to(source.device).eval()  # type: ignore[no-untyped-call,no-any-return]
+    return cast(PreTrainedModel, model.to(source.device).eval())  # type: ignore[arg-type]

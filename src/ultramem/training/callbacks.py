@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ultramem.evaluation.perplexity import PerplexityResult
+from ultramem.files import staged_file
 
 VALIDATION_LOSS_METRIC = "validation/CE loss"
 SPEED_METRIC = "throughput/tokens per second"
@@ -103,9 +104,8 @@ class MetricsFile(Callback):
         if get_rank() != 0 or not path.exists():
             return
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if self._is_before_resume(line)]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        with staged_file(path) as stage:
+            stage.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _is_before_resume(self, line: str) -> bool:
         try:

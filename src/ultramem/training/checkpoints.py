@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from ultramem.errors import CheckpointError
+from ultramem.files import staged_folder
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -49,7 +50,7 @@ def remove_leftovers(run_folder: Path) -> list[str]:
         is_incomplete = re.fullmatch(r"step\d+", path.name) and path.name not in complete
         export = re.fullmatch(r"step(\d+)-hf", path.name)
         is_orphan = export is not None and bool(steps) and int(export[1]) > steps[-1]
-        if is_incomplete or is_orphan or re.fullmatch(r"step\d+(-tmp|-hf\.(tmp|old))", path.name):
+        if is_incomplete or is_orphan or re.fullmatch(r"step\d+(-tmp|-hf\.(old|(partial|replaced)-\d+))", path.name):
             shutil.rmtree(path)
             removed.append(path.name)
     return removed
@@ -116,18 +117,13 @@ def _disk_error(error: BaseException | None) -> str | None:
 
 def export_model(model: PreTrainedModel, tokenizer_folder: Path, target: Path) -> None:
     """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place."""
-    temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    bars_shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    model.save_pretrained(temporary)
-    if bars_shown:
-        hf_logging.enable_progress_bar()
-    shutil.copytree(tokenizer_folder, temporary, dirs_exist_ok=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with staged_folder(target) as stage:
+        bars_shown = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        model.save_pretrained(stage)
+        if bars_shown:
+            hf_logging.enable_progress_bar()
+        shutil.copytree(tokenizer_folder, stage, dirs_exist_ok=True)
 
 
 @dataclass

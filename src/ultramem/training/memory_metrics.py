@@ -28,7 +28,10 @@ def usage_divergence(counts_S: Tensor) -> float:
 
 
 class MemoryMeter:
-    """Accumulates one memory layer's statistics over micro-batches, and reduces them over processes when read."""
+    """Accumulates one memory layer's statistics over micro-batches, and reduces them over processes when read.
+
+    The sums live where the statistics are: nothing waits for the device before the metrics are read.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -49,16 +52,17 @@ class MemoryMeter:
                 ``output_std`` scalar, and with Tucker scores ``singular_values`` [heads, rank].
         """
         slots_NK, scores_NK = statistics["slots_NK"].detach(), statistics["scores_NK"].detach().double()
-        flat = slots_NK.reshape(-1).to(self.counts_S.device)
+        self.counts_S, self.sums = self.counts_S.to(slots_NK.device), self.sums.to(slots_NK.device)
+        flat = slots_NK.reshape(-1)
         self.counts_S.index_add_(0, flat, torch.ones_like(flat))
         num_tokens = slots_NK.shape[0]
         variance = statistics["output_std"].detach().double().square()
         self.sums += torch.stack(
             [
-                torch.tensor(float(num_tokens), dtype=torch.float64),
-                scores_NK.amax(dim=-1).sum().cpu(),
-                scores_NK.mean(dim=-1).sum().cpu(),
-                (variance * num_tokens).cpu(),
+                scores_NK.new_full((), num_tokens),
+                scores_NK.amax(dim=-1).sum(),
+                scores_NK.mean(dim=-1).sum(),
+                variance * num_tokens,
             ]
         )
         # Of Tucker cores; additive scores have none.

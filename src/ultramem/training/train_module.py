@@ -1,5 +1,6 @@
 """The OLMo-core train module around a Hugging Face causal language model with memory tables."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,10 +12,12 @@ from olmo_core.data.utils import get_labels, split_batch
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.common import ReduceType
 from olmo_core.train.train_module import EvalBatchSizeUnit, EvalBatchSpec, TrainModule
-from olmo_core.utils import move_to_device
+from olmo_core.utils import cuda_sync_debug_mode, move_to_device
 from torch import Tensor, nn
 
-from ultramem.errors import ConfigError
+from ultramem.errors import ConfigError, TrainingError
+from ultramem.evaluation.mode import evaluating
+from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
 from ultramem.training.memory_metrics import build_meters
 from ultramem.training.optim import build_optimizer, group_settings
@@ -62,6 +65,7 @@ class UltraMemTrainModule(TrainModule):
         num_slots = getattr(model, "num_slots_per_memory", []) if config.logging.memory_interval_steps else []
         self.memory_meters = build_meters(num_slots)
         self.learning_rates: dict[str, float] = {}
+        self.batch_loss = torch.zeros(())
 
     @property
     def eval_batch_spec(self) -> EvalBatchSpec:
@@ -105,6 +109,7 @@ class UltraMemTrainModule(TrainModule):
             loss.backward()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
+        self.batch_loss = torch.stack(list(totals.values())).sum()
         self.record_ce_loss(totals.pop("cross_entropy"), ReduceType.mean)
         for name, value in totals.items():
             self.record_metric(name, value, ReduceType.mean, namespace="train")
@@ -126,17 +131,21 @@ class UltraMemTrainModule(TrainModule):
 
     def eval_batch(self, batch: dict[str, Any], labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, vocabulary] and, given labels, the loss per position [B, T] (0 where ignored)."""
-        self.model.eval()
         batch = move_to_device(batch, self.trainer.device)
-        with torch.no_grad(), self._autocast():
+        with evaluating(self.model), torch.no_grad(), self._autocast():
             logits_BTV = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         if labels is None:
             return logits_BTV, None
         return logits_BTV, next_token_losses(logits_BTV, labels.to(logits_BTV.device))
 
     def optim_step(self) -> None:
-        """Clips tables and the rest apart, sets the learning rates, steps, and refreshes the memories' search."""
+        """Clips tables and the rest apart, sets the learning rates, steps, and refreshes the memories' search.
+
+        Raises:
+            TrainingError: the loss or a gradient norm is NaN or infinite; no weight was changed.
+        """
         limits = {"dense": self.config.optimizer.max_grad_norm, "tables": self.config.optimizer.table_max_grad_norm}
+        measured = {"loss": self.batch_loss}
         for name, limit in limits.items():
             # Keys are dense parameters with a rate of their own.
             clipped = [
@@ -147,14 +156,35 @@ class UltraMemTrainModule(TrainModule):
             ]
             if clipped:
                 norm = nn.utils.clip_grad_norm_(clipped, limit if limit is not None else float("inf"))
+                measured[f"{name} grad norm"] = norm
                 self.record_metric(f"{name} grad norm", norm, namespace="optim")
         for group in self.optim.param_groups:
             name = group["name"]
             self.learning_rates[name] = float(self.schedules[name].set_lr(group, self.trainer))
             self.record_metric(f"{name} learning rate", self.learning_rates[name], namespace="optim")
+        self._check_finite(measured)
         self.optim.step()
         if hasattr(self.model, "refresh_retrieval"):
             self.model.refresh_retrieval()
+
+    def _check_finite(self, measured: dict[str, Tensor]) -> None:
+        # Waiting for the device once a step is the price of weights, and so checkpoints, that are never spoilt.
+        with cuda_sync_debug_mode(0):
+            values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
+        if all(map(math.isfinite, values)):
+            return
+        found = ", ".join(f"{name} {value:g}" for name, value in zip(measured, values, strict=True))
+        steps = complete_steps(self.config.save_folder)
+        kept = (
+            f"the last complete checkpoint is '{self.config.save_folder / f'step{steps[-1]}'}', and the same command "
+            "resumes from it; remove that folder to resume from an earlier one"
+            if steps
+            else f"no checkpoint is complete yet in '{self.config.save_folder}', and the same command starts again"
+        )
+        raise TrainingError(
+            f"step {self.trainer.global_step} cannot be taken ({found}). Lower 'optimizer.lr' or the limits of the "
+            f"grad norms, or lengthen the warmup: {kept}"
+        )
 
     def zero_grads(self) -> None:
         """Drops all gradients."""

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all: written beside its place, then renamed."""
+"""Files and folders that appear complete or not at all: written beside their place, then renamed."""
 
 import glob
 import os
@@ -10,6 +10,25 @@ from pathlib import Path
 
 MARKER_NAME = ".ultramem-partial"
 """First file of a folder being written: only folders with it are ever removed as left over."""
+
+
+@contextmanager
+def staged_file(output: Path) -> Iterator[Path]:
+    """Give a path to write a file at, and put the file into place when the block ends without an exception.
+
+    Args:
+        output: where the file goes; what is there is replaced. Its folder exists, and no other process writes it.
+
+    Yields:
+        `OUTPUT.tmp` beside it; removed again after any exception, Ctrl-C included.
+    """
+    stage = output.with_name(output.name + ".tmp")
+    try:
+        yield stage
+        stage.replace(output)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

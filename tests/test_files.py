@@ -4,11 +4,45 @@ import sys
 
 import pytest
 
-from ultramem.data.staging import MARKER_NAME, staged_folder
+from ultramem.files import MARKER_NAME, staged_file, staged_folder
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text("old")
+    with staged_file(output) as stage:
+        stage.write_text("new")
+        assert output.read_text() == "old"
+    assert output.read_text() == "new"
+    assert names(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_file_stays_after_any_exception(tmp_path, error):
+    output = tmp_path / "out.json"
+    output.write_text("old")
+
+    def fill():
+        with staged_file(output) as stage:
+            stage.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert output.read_text() == "old"
+    assert names(tmp_path) == ["out.json"]
+
+
+def test_what_a_killed_process_left_of_a_file_is_written_over(tmp_path):
+    (tmp_path / "out.json.tmp").write_text("left over, and longer than what follows")
+    with staged_file(tmp_path / "out.json") as stage:
+        stage.write_text("new")
+    assert (tmp_path / "out.json").read_text() == "new"
+    assert names(tmp_path) == ["out.json"]
 
 
 def test_folder_appears_when_the_block_ends(tmp_path):
