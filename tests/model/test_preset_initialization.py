@@ -14,8 +14,15 @@ MOST_ROWS = 60_000
 NUM_TOKENS = 512
 
 MEMORY = {name: settings["memory"]["type"] for name, settings in PRESETS.items() if settings["memory"]}
-TUCKER = [name for name, kind in MEMORY.items() if kind in ("ultramem", "ultramem_v2")]
-ADDITIVE = [name for name in MEMORY if name not in TUCKER]
+TUCKER = ("ultramem", "ultramem_v2")
+
+
+def presets(*kinds):
+    """The presets with such memories; of the families, all but the tiny one are slow."""
+    names = [name for name, kind in MEMORY.items() if kind in kinds]
+    slow = [pytest.mark.slow]
+    chosen = [pytest.param(name, marks=slow if name.startswith(("small-", "base-")) else ()) for name in names]
+    return pytest.mark.parametrize("name", chosen)
 
 
 def build(name, **changes):
@@ -27,9 +34,7 @@ def build(name, **changes):
     layer = MEMORY_TYPES[memory.type].layer(hidden, memory, num_memories, memory_index=1).eval()
     num_rows = min(layer.window.num_rows, MOST_ROWS)
     layer.window = RingWindow(layer.window.offset % num_rows, layer.window.size, num_rows)
-    std = memory.table_std(
-        hidden, config.num_hidden_layers, config.intermediate_size / hidden, layer.score_variance()
-    )
+    std = memory.table_std(hidden, config.num_hidden_layers, config.intermediate_size / hidden, layer.score_variance())
     return config, layer, MemoryPool(num_rows, *memory.row_widths(hidden), std)
 
 
@@ -45,7 +50,7 @@ def assert_std(tensor, std):
     assert tensor.std().item() == pytest.approx(std, rel=0.03)
 
 
-@pytest.mark.parametrize("name", TUCKER)
+@presets(*TUCKER)
 def test_scores_are_one_and_the_output_has_its_published_strength(name):
     """V1: variance 1/(2L); V2: 0.032·κ/L; both within a factor 1.5 in standard deviation."""
     config, layer, pool = build(name)
@@ -55,12 +60,11 @@ def test_scores_are_one_and_the_output_has_its_published_strength(name):
     kappa, num_blocks = config.intermediate_size / config.hidden_size, config.num_hidden_layers
     variance = 1 / 2 if MEMORY[name] == "ultramem" else 0.032 * kappa
     target = math.sqrt(variance / num_blocks)
-    print(f"{name}: mean score {scores.mean():.3f}, output std {output.std():.4f}, target {target:.4f}")
     assert target / 1.5 < output.std().item() < target * 1.5
     assert output.mean().abs().item() < 0.2 * target
 
 
-@pytest.mark.parametrize("name", ADDITIVE)
+@presets("memory_plus", "pkm", "peer")
 def test_scores_are_one_where_norms_can_set_them(name):
     _, layer, pool = build(name, query_norm="rms", key_norm=True, init="paper")
     scores, output = look_up(layer, pool)
@@ -68,7 +72,7 @@ def test_scores_are_one_where_norms_can_set_them(name):
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("name", TUCKER)
+@presets(*TUCKER)
 def test_released_scheme_of_tucker_memories(name):
     _, layer, pool = build(name, init="released")
     memory, retrieval = layer.config, layer.retrieval
@@ -85,7 +89,7 @@ def test_released_scheme_of_tucker_memories(name):
         assert_std(layer.pre_proj.weight, layer.hidden_size**-0.5)
 
 
-@pytest.mark.parametrize("name", ADDITIVE)
+@presets("memory_plus", "pkm", "peer")
 def test_released_scheme_of_additive_memories(name):
     config, layer, pool = build(name)
     memory, retrieval, hidden = layer.config, layer.retrieval, config.hidden_size

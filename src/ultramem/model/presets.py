@@ -258,7 +258,8 @@ PRESETS: dict[str, Settings] = {**_PUBLISHED, **_FAMILIES}
 def describe_presets(name: str) -> str:
     """The presets nearest to a name that is none, and all of them, for messages."""
     nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-    return f"{f'did you mean {nearest[0]}? ' if nearest else ''}The presets are {', '.join(PRESETS)}."
+    hint = f"did you mean {nearest[0]}? The" if nearest else "the"
+    return f"{hint} presets are {', '.join(PRESETS)}."
 
 
 def preset_settings(name: str, **overrides: Any) -> Settings:
