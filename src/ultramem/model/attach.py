@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ultramem.errors import CheckpointError, ConfigError
-from ultramem.layers import MEMORY_TYPES, UltraMemV2, UltraMemV2Config, parse_placement, table_std
+from ultramem.layers import MEMORY_TYPES, MemoryConfig, MemoryLayer, draw_pool, parse_placement
 from ultramem.model.configuration import make_memory_config
 
 Train = Literal["memory", "all", "none"]
@@ -54,7 +54,7 @@ class MemoryAdapter(nn.Module):
         base: the model that the adapter fits.
     """
 
-    def __init__(self, config: UltraMemV2Config, base: BaseModel) -> None:
+    def __init__(self, config: MemoryConfig, base: BaseModel) -> None:
         super().__init__()
         self.config, self.base = config, base
         spans = parse_placement(config.placement, base.num_blocks)
@@ -63,10 +63,15 @@ class MemoryAdapter(nn.Module):
                 f"memory.placement {config.placement!r} has spans; a memory beside an MLP is added in the block that "
                 f'it reads. Give layers a list of blocks in 0…{base.num_blocks - 1} or "every".'
             )
+        if config.position == "replace" or config.num_past_tokens:
+            raise ConfigError(
+                "a memory beside an MLP neither replaces it nor looks at past tokens: set memory.position to parallel "
+                "and leave memory.query_conv out."
+            )
         self.blocks = [span.start for span in spans]
         layer = MEMORY_TYPES[config.type].layer
         self.memories = nn.ModuleList(layer(base.hidden_size, config, len(spans), index) for index in range(len(spans)))
-        self.pool = layer.make_pool(config, len(spans), std=None)
+        self.pool = layer.make_pool(base.hidden_size, config, len(spans), draw=False)
         self.handles: list[RemovableHandle] = []
         self.base_requires_grad: dict[str, bool] = {}
         self._losses: dict[str, Tensor] | None = None
@@ -75,7 +80,7 @@ class MemoryAdapter(nn.Module):
     def refresh_retrieval(self) -> None:
         """Recompute what the memories derive from their parameters; call after each optimizer step."""
         for memory in self._layers:
-            memory.retrieval.refresh()
+            memory.refresh_retrieval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the added weights alone: ``adapter_config.json`` and ``adapter.safetensors``.
@@ -113,18 +118,15 @@ class MemoryAdapter(nn.Module):
         return f"blocks={self.blocks}"
 
     @property
-    def _layers(self) -> list[UltraMemV2]:
-        return cast(list[UltraMemV2], list(self.memories))
+    def _layers(self) -> list[MemoryLayer]:
+        return cast(list[MemoryLayer], list(self.memories))
 
     @torch.no_grad()
     def _start_as_no_op(self, ffn_ratio: float) -> None:
         """Draw the pool by the config's scheme, then zero what the memories' outputs are multiplied by."""
-        variances = [float(memory.retrieval.simulate().var()) for memory in self._layers]
-        variance = sum(variances) / len(variances)
-        std = table_std(self.config, self.base.hidden_size, ffn_ratio, self.base.num_blocks, variance)
-        self.pool.reset_parameters(std)
+        draw_pool(self.pool, self._layers, self.base.num_blocks, ffn_ratio)
         for memory in self._layers:
-            memory.out_proj.weight.zero_()
+            memory.zero_output(self.pool)
 
     def _register(self, model: nn.Module, mlps: list[nn.Module]) -> None:
         model.add_module(ADAPTER_NAME, self)
@@ -182,7 +184,7 @@ class MemoryAdapter(nn.Module):
 
 def attach(
     model: PreTrainedModel,
-    memory_config: UltraMemV2Config | dict[str, Any],
+    memory_config: MemoryConfig | dict[str, Any],
     layers: Literal["every"] | Sequence[int] | None = None,
     *,
     train: Train = "memory",
@@ -332,7 +334,7 @@ def _install(model: nn.Module, mlps: list[nn.Module], adapter: MemoryAdapter, tr
     adapter._register(model, mlps)
 
 
-def _read_description(folder: Path) -> tuple[UltraMemV2Config, BaseModel]:
+def _read_description(folder: Path) -> tuple[MemoryConfig, BaseModel]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}; expected a folder that adapter.save_pretrained wrote.")

@@ -240,6 +240,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+        mask: Any
         if isinstance(attention_mask, dict):
             # `generate` with a static cache makes the masks beforehand, one for each need in `layer_types`.
             mask, padding_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
