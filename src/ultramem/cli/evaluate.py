@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ultramem.cli.json_files import check_writable, write_json
 from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer
-from ultramem.files import staged_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,7 +47,7 @@ def evaluate(
     from ultramem.evaluation.compatibility import check_same_vocabulary, split_of
 
     if json_file is not None:
-        _check_writable(json_file)
+        check_writable(json_file, "eval.json")
     folder = find_model_folder(checkpoint)
     manifest = load_manifest(data)
     part = split_of(manifest, split)
@@ -86,26 +83,7 @@ def evaluate(
     }
     _print(numbers, result, report)
     if json_file is not None:
-        text = json.dumps(_finite_or_none(numbers), indent=2, allow_nan=False)
-        with staged_file(json_file) as stage:
-            stage.write_text(text + "\n", encoding="utf-8")
-
-
-def _check_writable(json_file: Path) -> None:
-    from ultramem.errors import ConfigError
-
-    if json_file.is_dir():
-        raise ConfigError(f"--json {json_file} is a folder: name a file in it, for example {json_file / 'eval.json'}.")
-    if not json_file.parent.is_dir():
-        raise ConfigError(
-            f"--json {json_file}: there is no folder {json_file.parent}. Make it first, or name a file in a folder "
-            f"that exists."
-        )
-    if not os.access(json_file.parent, os.W_OK):
-        raise ConfigError(
-            f"--json {json_file}: the folder {json_file.parent} cannot be written to. Name a file in another folder, "
-            f"or change its permissions."
-        )
+        write_json(json_file, numbers)
 
 
 def _choose_sequence_length(given: int | None, num_positions: int) -> int:
@@ -119,13 +97,6 @@ def _choose_sequence_length(given: int | None, num_positions: int) -> int:
             f"(max_position_embeddings): give at most {num_positions}."
         )
     return given
-
-
-def _finite_or_none(value: Any) -> Any:
-    """The same nested value with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite_or_none(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress() -> Progress:
