@@ -75,3 +75,10 @@ def naive_product_topk(rows, cols, cores, u, t, top_k, coarse_top_k, search):
             best = sorted(scores, key=lambda slot: sum(scores[slot]), reverse=True)[:top_k]
             results.append({slot: scores[slot] for slot in best})
     return results
+
+
+def naive_additive_topk(row, col, top_k):
+    """{slot: score} of the best of the whole grid, for one token and head: row[i] + col[j]."""
+    side = len(row)
+    scores = {i * side + j: float(row[i] + col[j]) for i in range(side) for j in range(side)}
+    return {slot: scores[slot] for slot in sorted(scores, key=lambda slot: scores[slot], reverse=True)[:top_k]}

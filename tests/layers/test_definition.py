@@ -1,4 +1,4 @@
-"""UltraMemV2 against its definition written out in loops, for every variant of its settings."""
+"""The layers against their definitions written out in loops, for every variant of their settings."""
 
 import pytest
 import torch
@@ -8,18 +8,31 @@ from tiny_memories import HIDDEN_SIZE, VARIANTS, memory_layer, tokens
 from tolerances import assert_close
 from ultramem.layers import MemoryPool
 
+variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
-@pytest.mark.parametrize("memory_index", [0, 2])
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_output_and_slots_are_those_of_the_definition(changes, memory_index):
-    layer, pool = memory_layer(memory_index=memory_index, **changes)
-    layer.eval()
-    x = tokens(3)
+
+def assert_equals_naive(layer, pool, x):
     with torch.no_grad():
         expected, slots = naive_layer(layer, pool, x)
         result = layer(x, pool, return_statistics=True)
     assert_close(result.output, expected)
     assert [sorted(row) for row in result.statistics["slots_NK"].tolist()] == [sorted(row) for row in slots]
+
+
+@pytest.mark.parametrize("memory_index", [0, 2])
+@variants
+def test_output_and_slots_are_those_of_the_definition(changes, memory_index):
+    layer, pool = memory_layer(memory_index=memory_index, **changes)
+    assert_equals_naive(layer.eval(), pool, tokens(3))
+
+
+BATCH = [name for name, changes in VARIANTS.items() if changes.get("query_norm") == "batch"]
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_batch_norm_takes_the_batchs_statistics_in_training(name):
+    layer, pool = memory_layer(**VARIANTS[name])
+    assert_equals_naive(layer.train(), pool, tokens(5))
 
 
 def test_statistics_describe_the_lookup():

@@ -1,8 +1,11 @@
 """The small families: dense, MoE and five memories with the same FLOPs, parameters and table reads per token."""
 
-import pytest
+import math
 
-from ultramem import UltraMemConfig
+import pytest
+import torch
+
+from ultramem import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model import cost_card
 
 DENSE_PARAMETERS = {"tiny": 3e6, "small": 15e6, "base": 60e6}
@@ -32,9 +35,8 @@ def test_a_family_costs_and_holds_the_same(family):
     members = configs(family)
     cards = {kind: cost_card(config) for kind, config in members.items()}
     half = members["dense"].max_position_embeddings // 2
-    print(
-        f"\n{family:12} {'dense':>12} {'expert':>12} {'table':>12} {'total':>12} {'FLOPs, 0':>12} {half:>12} {'read':>8}"
-    )
+    headings = ("dense", "expert", "table", "total", "FLOPs, 0", f"FLOPs, {half:,}")
+    print(f"\n{family:12} {' '.join(f'{heading:>12}' for heading in headings)} {'read':>8}")
     for kind, card in cards.items():
         numbers = (
             card.dense_parameters,
@@ -93,3 +95,17 @@ def test_sizes_suit_hardware(family):
         if (memory := config.memory_config) is not None:
             widths += [memory.key_dim, *memory.row_widths(config.hidden_size)]
         assert [width % 8 for width in widths] == [0] * len(widths)
+
+
+@pytest.mark.parametrize("kind", ["dense", *SPARSE])
+def test_tiny_members_compute(kind):
+    """Forward and backward, at about the loss of guessing."""
+    torch.manual_seed(0)
+    model = UltraMemForCausalLM(UltraMemConfig.from_preset(f"tiny-{kind}"))
+    input_ids = torch.randint(4096, (2, 16))
+    outputs = model(input_ids, labels=input_ids)
+    assert outputs.loss.item() == pytest.approx(math.log(4096), abs=0.5)
+    outputs.loss.backward()
+    tables = model.model.memory_pool
+    if tables is not None:
+        assert (tables.values.grad != 0).any()

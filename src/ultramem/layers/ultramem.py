@@ -87,11 +87,9 @@ class UltraMem(TuckerMemory):
 
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
         """The inputs, convolved along the tokens (the axis before the last) where the layer has a convolution."""
-        if self.query_conv is None:
+        if self.query_conv is None or x.numel() == 0:
             return x
         x_BTD = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, self.hidden_size)
-        if x_BTD.numel() == 0:
-            return x
         seen_BTD = x_BTD
         if past is not None:
             seen_BTD = torch.cat([past.reshape(x_BTD.shape[0], -1, self.hidden_size).to(x_BTD.dtype), x_BTD], dim=1)
