@@ -5,6 +5,7 @@ import yaml
 
 from tiny_training import tiny_settings
 from ultramem.errors import ConfigError
+from ultramem.model.presets import PRESETS
 from ultramem.training.config import load_config
 from ultramem.training.run import config_yaml, resolve_config
 
@@ -151,3 +152,45 @@ def test_files_that_are_no_config(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_another_memory_by_one_word_sets_aside_what_it_lacks(write_config, capsys):
+    file = write_config(model={"memory": {"num_keys": 10, "pre_value_dim": 4, "top_k": 5}})
+    config = load_config(file, ["model.memory.type=pkm", "model.memory.num_heads=2"])
+    assert config.model["memory"] == {"type": "pkm", "num_keys": 10, "top_k": 5, "num_heads": 2}
+    assert "model.memory.pre_value_dim: of ultramem_v2, which pkm does not have; left out" in capsys.readouterr().err
+
+
+def test_another_memory_does_not_hide_mistakes(write_config):
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.memory\.num_key'"):
+        load_config(write_config(model={"memory": {"num_key": 10}}), ["model.memory.type=pkm"])
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.memory\.rank'"):
+        load_config(write_config(model={"memory": {}}), ["model.memory.type=pkm", "model.memory.rank=2"])
+
+
+def test_a_mixture_of_experts_by_one_word(write_config):
+    config = load_config(write_config(), ["model.ffn.type=moe", "model.ffn.num_experts=4", "model.memory=null"])
+    assert config.model["ffn"] == {"type": "moe", "num_experts": 4}
+    with pytest.raises(ConfigError, match=r"'model\.ffn\.type' must be one of dense, moe; got 'mow'"):
+        load_config(write_config(), ["model.ffn.type=mow"])
+
+
+def test_a_preset_is_the_model_and_what_stands_beside_it_wins(write_config):
+    preset = PRESETS["tiny-ultramem_v2"]
+    file = write_config()
+    settings = yaml.safe_load(file.read_text())
+    settings["model"] = {"preset": "tiny-ultramem_v2", "vocab_size": 99, "memory": {"top_k": 3}}
+    file.write_text(yaml.safe_dump(settings))
+    model = load_config(file, ["model.hidden_size=64"]).model
+    assert model == {**preset, "vocab_size": 99, "hidden_size": 64, "memory": {**preset["memory"], "top_k": 3}}
+    switched = load_config(file, ["model.memory.type=pkm"]).model["memory"]
+    assert switched["type"] == "pkm"
+    assert switched["top_k"] == 3
+    assert "pre_value_dim" not in switched
+
+
+def test_a_preset_as_an_override_replaces_the_model_section(write_config):
+    config = load_config(write_config(model={"hidden_size": 24}), ["model.preset=tiny-pkm", "model.vocab_size=77"])
+    assert config.model == {**PRESETS["tiny-pkm"], "vocab_size": 77}
+    with pytest.raises(ConfigError, match=r"there is no preset 'tiny-pkn'; did you mean tiny-pkm\?"):
+        load_config(write_config(), ["model.preset=tiny-pkn"])

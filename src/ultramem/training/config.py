@@ -237,7 +237,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             f"'{path}' must hold sections (run, model, data, …) as in configs/demo.yaml, but it holds a "
             f"{type(data).__name__}: {str(data)[:40]}"
         )
-    parsed = parse_overrides(overrides)
+    parsed = _expand_preset(data, parse_overrides(overrides))
     _switch_types(data.get("model"), dict(parsed))
     for key, value in parsed:
         set_dotted(data, key, value)
@@ -248,6 +248,22 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         config.run.save_folder = str(Path("runs") / path.stem)
     config.validate()
     return config
+
+
+def _expand_preset(data: dict[str, Any], overrides: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Puts a preset's settings where ``model.preset`` names one, and returns the other overrides.
+
+    Settings beside ``preset`` in the file win over the preset's; a preset given as an override stands in place of the
+    file's whole model section.
+    """
+    from ultramem.model.presets import preset_settings
+
+    given = [value for key, value in overrides if key == "model.preset"]
+    model = {"preset": given[-1]} if given else data.get("model")
+    if isinstance(model, dict) and (name := model.get("preset")) is not None:
+        beside = {key: value for key, value in model.items() if key != "preset"}
+        data["model"] = preset_settings(str(name), **beside)
+    return [(key, value) for key, value in overrides if key != "model.preset"]
 
 
 def _typed_sections() -> dict[str, dict[str, type]]:
