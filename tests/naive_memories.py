@@ -117,11 +117,11 @@ def naive_queries(retrieval, x_ND, training):
     if retrieval.query_mean is not None:
         for feature in range(queries.shape[1]):
             column = queries[:, feature].clone()
-            mean, variance = retrieval.query_mean[feature], retrieval.query_variance[feature]
+            mean, variance = (float(buffer[feature]) for buffer in (retrieval.query_mean, retrieval.query_variance))
             if training:
                 mean = column.mean()
                 variance = ((column - mean) ** 2).mean()
-            normed = (column - mean) / torch.sqrt(variance + 1e-5)
+            normed = (column - mean) / math.sqrt(variance + 1e-5)
             queries[:, feature] = normed * retrieval.query_norm[feature] + retrieval.query_shift[feature]
     queries = queries.view(len(x_ND), num_heads, 2, key_dim)
     if retrieval.query_norm is not None and retrieval.query_mean is None:

@@ -57,7 +57,21 @@ class Retrieved(NamedTuple):
     col_scores_NHSr: Tensor
 
 
-class AdditiveRetrieval(nn.Module):
+class _Retrieval(nn.Module):
+    """Buffers stay fp32 whatever the model is cast to: rounded directions would select other slots, and a running mean
+    in bf16 would stand still."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Retrieval":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, buffer.to(device=after.device))
+        return self
+
+
+class AdditiveRetrieval(_Retrieval):
     """Product keys with additive scores, a query and keys for each head (Lample et al., arXiv 1907.05242).
 
     score(i, j) = ⟨K_row[i], q_row⟩ + ⟨K_col[j], q_col⟩, after the norms that are switched on.
@@ -104,8 +118,8 @@ class AdditiveRetrieval(nn.Module):
         self.register_parameter("query_norm", nn.Parameter(torch.empty(width)) if query_norm else None)
         batch = query_norm == "batch"
         self.register_parameter("query_shift", nn.Parameter(torch.empty(width)) if batch else None)
-        self.register_buffer("query_mean", torch.empty(width) if batch else None)
-        self.register_buffer("query_variance", torch.empty(width) if batch else None)
+        for name in ("query_mean", "query_variance"):
+            self.register_buffer(name, torch.empty(width, dtype=torch.float32) if batch else None)
         self.register_parameter("key_norm", nn.Parameter(torch.empty(key_dim)) if key_norm else None)
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim))
 
@@ -187,7 +201,7 @@ class AdditiveRetrieval(nn.Module):
         return f"heads={heads}, keys={side}, key_dim={key_dim}, top_k={self.top_k}"
 
 
-class TuckerRetrieval(nn.Module):
+class TuckerRetrieval(_Retrieval):
     """Product keys with a rank axis, one query for all heads, and Tucker cores (UltraMem, arXiv 2411.12364, §3.2).
 
     S_row[i, ρ] = ⟨K_row[i, :, ρ], q_row⟩ after RMS norm of both, likewise for columns;
@@ -212,8 +226,6 @@ class TuckerRetrieval(nn.Module):
         "query_norm": "norm",
         "key_norm": "norm",
     }
-    # fp32 whatever the model is cast to: a rounded direction would select other slots.
-    fp32_buffers: ClassVar[tuple[str, ...]] = ("row_direction", "col_direction")
     row_direction: Tensor
     col_direction: Tensor
 
@@ -241,15 +253,6 @@ class TuckerRetrieval(nn.Module):
         self.register_buffer("row_direction", torch.empty(num_heads, rank, dtype=torch.float32))
         self.register_buffer("col_direction", torch.empty(num_heads, rank, dtype=torch.float32))
         self._refreshed = (0, 0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TuckerRetrieval":
-        before = {name: getattr(self, name) for name in self.fp32_buffers}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.dtype != torch.float32:
-                setattr(self, name, buffer.to(device=after.device))
-        return self
 
     @torch.no_grad()
     @without_autocast

@@ -83,8 +83,13 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Rounded directions would select other slots.
-    _keep_in_fp32_modules_strict = ["row_direction", "col_direction"]  # noqa: RUF012 - transformers' own declaration
+    # The buffers of the retrievals, as in every other cast.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - transformers' own declaration
+        "row_direction",
+        "col_direction",
+        "query_mean",
+        "query_variance",
+    ]
     _can_record_outputs = {  # noqa: RUF012 - transformers' own declaration
         "hidden_states": UltraMemDecoderLayer,
         "attentions": OutputRecorder(OlmoeAttention, index=1),
