@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ultramem.errors import CheckpointError, ConfigError
 from ultramem.model import cost_card
 from ultramem.model.presets import PRESETS
 
+PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
 
 
@@ -141,20 +143,20 @@ def test_models_stand_side_by_side(invoke, wide):
     assert max(map(len, result.stdout.splitlines())) <= 100
     cells = compared(result.stdout)
     assert cells["memory"] == ["–", "–", "pkm", "peer", "memory_plus", "ultramem", "ultramem_v2"]
-    assert cells["reads → adds at blocks"] == ["–", "–", *["1, 3, 5"] * 3, "1→2, 3→4", "every"]
+    assert cells["at blocks"] == ["–", "–", *["1, 3, 5"] * 3, "1→2, 3→4", "every"]
     assert cells["tables"] == ["–", "–", "private", "private", "shared", "private", "ring"]
-    assert cells["FFN, inner width"] == ["664", "8 of 64 × 80", "544", "608", "456", "472", "504"]
+    assert cells["FFN"] == ["664", "8 of 64 × 80", "544", "608", "456", "472", "504"]
     assert cells["dense parameters"][:2] == ["3.186M", "1.335M"]
     assert cells["expert parameters"] == ["0", "14.75M", *["0"] * 5]
     assert cells["table parameters"] == ["0", "0", "12.91M", "12.92M", "12.90M", "12.90M", "12.91M"]
     assert cells["total parameters"][-1] == "16.06M"
     assert cells["active parameters"][-1] == "3.167M"
-    assert cells["FLOPs/token, no context"][0] == "6.364M"
-    assert cells["FLOPs/token, full"][0] == "10.30M"
-    assert cells["full context, tokens"] == ["1,024"] * 7
-    assert cells["table elements/token"] == ["0", "0", *["15.36K"] * 5]
-    assert cells["bytes/decode step, B=1"][1] == "6.357M"
-    assert cells["bytes/decode step, B=64"][1] == "32.18M"
+    assert cells["FLOPs, no context"][0] == "6.364M"
+    assert cells["FLOPs, full"][0] == "10.30M"
+    assert cells["full, in tokens"] == ["1,024"] * 7
+    assert cells["table elements"] == ["0", "0", *["15.36K"] * 5]
+    assert cells["bytes, batch 1"][1] == "6.357M"
+    assert cells["bytes, batch 64"][1] == "32.18M"
 
 
 def test_a_narrow_console_gets_several_tables(invoke, monkeypatch):
@@ -215,3 +217,13 @@ def test_a_path_without_a_model_is_no_preset(invoke, tmp_path):
     error = invoke("info", tmp_path / "tiny-pkm").exception
     assert isinstance(error, CheckpointError)
     assert "does not exist; expected a model folder" in str(error)
+
+
+def test_the_page_on_presets_shows_what_the_commands_print(invoke, wide):
+    examples = re.findall(r"```console\n\$ ultramem (.*?)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown = set()
+    for arguments, printed in examples:
+        result = invoke(*arguments.split())
+        assert [line.rstrip() for line in result.stdout.splitlines()] == printed.splitlines()
+        shown |= set(arguments.split())
+    assert set(PRESETS) <= shown

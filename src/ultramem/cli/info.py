@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ultramem.model import CostCard, UltraMemConfig
-    from ultramem.model.ffn import FFNConfig
     from ultramem.model.inspection import WeightSummary
 
 _BATCH_SIZES = (1, 16, 64)
@@ -110,10 +109,11 @@ def _table_elements(card: CostCard) -> int:
     return 0 if memory is None else card.num_memories * memory.table_elements_per_token(card.config.hidden_size)
 
 
-def _ffn_text(ffn: FFNConfig, config: UltraMemConfig) -> str:
+def _ffn_text(config: UltraMemConfig) -> str:
     """The FFN of a block: its inner width, or how many experts of what width a token visits."""
     from ultramem.model.ffn import MoEFFNConfig
 
+    ffn = config.ffn_config
     if not isinstance(ffn, MoEFFNConfig):
         return f"{config.intermediate_size}"
     return f"{ffn.num_experts_per_tok} of {ffn.num_experts} × {ffn.expert_size(config.intermediate_size)}"
@@ -130,7 +130,7 @@ def _size_table(model: _Described) -> Table:
     table.add_row("attention heads, of keys and values", f"{config.num_attention_heads}, {config.num_key_value_heads}")
     table.add_row("vocabulary", f"{config.vocab_size:,}{' (tied)' if config.tie_word_embeddings else ''}")
     table.add_row("positions", f"{config.max_position_embeddings:,}")
-    table.add_row("FFN, inner width", f"{config.ffn_config.type}, {_ffn_text(config.ffn_config, config)}")
+    table.add_row("FFN, inner width", f"{config.ffn_config.type}, {_ffn_text(config)}")
     if (memory := config.memory_config) is not None:
         table.add_row("memory", f"{memory.type}, {memory.position}, {memory.tables} tables")
         table.add_row(
@@ -158,7 +158,7 @@ def _layer_table(config: UltraMemConfig) -> Table:
     from rich.table import Table
 
     memory, spans = config.memory_config, config.memory_spans
-    ffn = _ffn_text(config.ffn_config, config)
+    ffn = _ffn_text(config)
     table = Table(title="blocks (memory: reads at a block → adds after a block)")
     table.add_column("block")
     table.add_column("FFN")
@@ -197,8 +197,8 @@ def _print_side_by_side(console: Console, models: list[_Described]) -> None:
         console.print(_comparison_table(models[start:end]))
         start = end
     console.print(
-        "K, M, B, T: 10³ to 10¹². Bytes are those read to decode one token for each of B sequences, in bf16, without "
-        "context.",
+        "2→4: reads at block 2, adds after block 4. FFN: inner width. FLOPs and table elements read: per token. Bytes: "
+        "read to decode one token for each sequence of a batch, in bf16, without context. K, M, B, T: 10³ to 10¹².",
         highlight=False,
     )
 
@@ -229,9 +229,9 @@ def _comparison_rows(models: list[_Described]) -> list[list[tuple[str, list[str]
     configs, cards = [model.config for model in models], [model.card for model in models]
     what = [
         ("memory", [config.memory_config.type if config.memory_config else "–" for config in configs]),
-        ("reads → adds at blocks", [_placement_text(config) for config in configs]),
+        ("at blocks", [_placement_text(config) for config in configs]),
         ("tables", [config.memory_config.tables if config.memory_config else "–" for config in configs]),
-        ("FFN, inner width", [_ffn_text(config.ffn_config, config) for config in configs]),
+        ("FFN", [_ffn_text(config) for config in configs]),
     ]
     parameters = [
         counts("dense parameters", [card.dense_parameters for card in cards]),
@@ -241,18 +241,16 @@ def _comparison_rows(models: list[_Described]) -> list[list[tuple[str, list[str]
         counts("active parameters", [card.active_parameters for card in cards]),
     ]
     costs = [
-        counts("FLOPs/token, no context", [card.flops_per_token() for card in cards]),
+        counts("FLOPs, no context", [card.flops_per_token() for card in cards]),
         counts(
-            "FLOPs/token, full",
+            "FLOPs, full",
             [card.flops_per_token(config.max_position_embeddings) for config, card in zip(configs, cards, strict=True)],
         ),
-        ("  full context, tokens", [f"{config.max_position_embeddings:,}" for config in configs]),
-        counts("table elements/token", [_table_elements(card) for card in cards]),
+        ("full, in tokens", [f"{config.max_position_embeddings:,}" for config in configs]),
+        counts("table elements", [_table_elements(card) for card in cards]),
     ]
     for batch_size in _COMPARED_BATCH_SIZES:
-        costs.append(
-            counts(f"bytes/decode step, B={batch_size}", [card.bytes_per_decode_step(batch_size) for card in cards])
-        )
+        costs.append(counts(f"bytes, batch {batch_size}", [card.bytes_per_decode_step(batch_size) for card in cards]))
     return [what, parameters, costs]
 
 

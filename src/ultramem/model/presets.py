@@ -275,10 +275,10 @@ def preset_settings(name: str, **overrides: Any) -> Settings:
     """
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; {describe_presets(name)}")
-    settings = {**deepcopy(PRESETS[name]), **overrides}
+    preset = deepcopy(PRESETS[name])
+    settings = {**preset, **overrides}
     for section in ("memory", "ffn"):
-        given, preset = overrides.get(section), PRESETS[name].get(section)
-        both = isinstance(given, dict) and preset is not None
-        if both and given.get("type", preset["type"]) == preset["type"]:
-            settings[section] = {**deepcopy(preset), **given}
+        old, new = preset.get(section), overrides.get(section)
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("type", old["type"]) == old["type"]:
+            settings[section] = {**old, **new}
     return settings
