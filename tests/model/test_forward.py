@@ -45,13 +45,14 @@ def handwritten(model, input_ids):
     """Hidden states before the first block and after every block, the last one normed; memories by their spans."""
     decoder, spans = model.model, model.config.memory_spans
     x = decoder.embed_tokens.weight[input_ids]
-    states, results = [x], {}
+    states, results, starts = [x], {}, {span.start for span in spans}
     for index, block in enumerate(decoder.layers):
         x = x + attend(block.self_attn, norm(block.input_layernorm, x))
         h = norm(block.post_attention_layernorm, x)
-        mlp = block.mlp
-        gate = h @ mlp.gate_proj.weight.T
-        x = x + (gate * gate.sigmoid() * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+        if not (model.config.memory and model.config.memory["position"] == "replace" and index in starts):
+            mlp = block.mlp
+            gate = h @ mlp.gate_proj.weight.T
+            x = x + (gate * gate.sigmoid() * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
         for number, span in enumerate(spans):
             if span.start == index:
                 results[number] = decoder.memories[number](h, decoder.memory_pool).output

@@ -23,8 +23,11 @@ def trained_looking(dtype=torch.float32, **settings):
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
                 tensor.add_(0.01 * torch.randn_like(tensor))
-        for memory in model.model.memories:
-            memory.permutation.copy_(memory.permutation.roll(5))
+        for name, buffer in model.named_buffers():
+            if "permutation" in name:
+                buffer.copy_(buffer.roll(5))
+            elif "query_variance" in name:
+                buffer.abs_()
     # Made from the configuration, not saved.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model
