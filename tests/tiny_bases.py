@@ -52,6 +52,26 @@ def vision_language_model():
     return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
-def memory_settings(**changes):
-    """Settings of a tiny UltraMemV2 memory."""
-    return {"type": "ultramem_v2", **SMALL, **changes}
+# Kinds of memories, and what decides how a kind starts at zero: its output projection, or its rows where it has none.
+MEMORIES = {
+    "ultramem_v2": {"type": "ultramem_v2", **SMALL},
+    "ultramem": {"type": "ultramem", "num_keys": 6, "key_dim": 8, "value_dim": 12, "top_k": 4},
+    "memory_plus": {"type": "memory_plus", "num_keys": 6, "key_dim": 8, "top_k": 4},
+    "pkm": {"type": "pkm", "num_keys": 6, "key_dim": 8, "top_k": 4, "num_heads": 2},
+    "pkm_projected": {"type": "pkm", "num_keys": 6, "key_dim": 8, "value_dim": 12, "top_k": 4, "query_norm": "batch"},
+    "peer": {"type": "peer", "num_keys": 6, "key_dim": 8, "top_k": 4, "num_heads": 2, "query_norm": "rms"},
+}
+
+
+def memory_settings(memory="ultramem_v2", **changes):
+    """Settings of a tiny memory."""
+    return {**MEMORIES[memory], **changes}
+
+
+def make_loud(adapter, std=1.0):
+    """Fill what an adapter starts with at zero."""
+    with torch.no_grad():
+        for memory in adapter.memories:
+            for name, parameter in (memory.out_proj or adapter.pool).named_parameters():
+                if name != "pre_values":
+                    parameter.normal_(std=std)

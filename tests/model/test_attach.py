@@ -10,28 +10,28 @@ import torch
 from torch import nn
 
 import ultramem
-from tiny_bases import BASES, base_model, memory_settings, vision_language_model
+from tiny_bases import BASES, MEMORIES, base_model, make_loud, memory_settings, vision_language_model
 from tiny_memories import token_ids
 from tolerances import assert_bit_equal, assert_close
 from ultramem.errors import ConfigError
 from ultramem.model import parameter_roles
 
+# One memory beside the MLPs of every architecture, and the other memories in one of them.
+CASES = [(name, "ultramem_v2") for name in BASES] + [
+    ("llama", memory) for memory in MEMORIES if memory != "ultramem_v2"
+]
 LOSSES = {"key_balance_weight": 0.1, "tucker_penalty_weight": 0.2, "tucker_penalty_margin": 0.0}
 
 
-def attached(name="llama", dtype=torch.float32, train="memory", layers=None, loud=True, **settings):
+def attached(
+    name="llama", memory="ultramem_v2", dtype=torch.float32, train="memory", layers=None, loud=True, **settings
+):
     """A model with memories that, if ``loud``, say something."""
     model = base_model(name, dtype)
-    adapter = ultramem.attach(model, memory_settings(**settings), layers, train=train)
+    adapter = ultramem.attach(model, memory_settings(memory, **settings), layers, train=train)
     if loud:
         make_loud(adapter)
     return model, adapter
-
-
-def make_loud(adapter):
-    with torch.no_grad():
-        for memory in adapter.memories:
-            memory.out_proj.weight.normal_()
 
 
 def generated(model, ids, **options):
@@ -41,8 +41,8 @@ def generated(model, ids, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BASES)
-def test_attaching_changes_no_bit(name, dtype):
+@pytest.mark.parametrize(("name", "memory"), CASES)
+def test_attaching_changes_no_bit(name, memory, dtype):
     model, ids = base_model(name, dtype), token_ids(2, 9)
     names = {parameter: key for key, parameter in model.named_parameters()}
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_attaching_changes_no_bit(name, dtype):
         # torch.matmul picks its kernel by whether a weight requires a gradient: freezing alone may move the last bit.
         model.requires_grad_(False)
         continued = generated(model, ids)
-        adapter = ultramem.attach(model, memory_settings(), "every")
+        adapter = ultramem.attach(model, memory_settings(memory), "every")
         after, continued_after = model(ids).logits, generated(model, ids)
         make_loud(adapter)
         changed = model(ids).logits
@@ -64,9 +64,9 @@ def test_attaching_changes_no_bit(name, dtype):
     assert kept == names
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_training_changes_only_the_memory_and_lowers_the_loss(name):
-    model, adapter = attached(name, loud=False)
+@pytest.mark.parametrize(("name", "memory"), CASES)
+def test_training_changes_only_the_memory_and_lowers_the_loss(name, memory):
+    model, adapter = attached(name, memory, loud=False)
     base = {key: value.clone() for key, value in model.state_dict().items() if "memory_adapter" not in key}
     start = {key: value.clone() for key, value in adapter.named_parameters()}
     optimizer, ids = torch.optim.AdamW(adapter.parameters(), lr=3e-2), token_ids(4, 12)
@@ -86,9 +86,9 @@ def test_training_changes_only_the_memory_and_lowers_the_loss(name):
 
 
 # The experts of gpt_oss have no fp64 kernel.
-@pytest.mark.parametrize("name", sorted(BASES.keys() - {"gpt_oss"}))
-def test_cached_generation_is_what_the_whole_sequence_gives(name):
-    model, _ = attached(name, torch.float64)
+@pytest.mark.parametrize(("name", "memory"), [case for case in CASES if case[0] != "gpt_oss"])
+def test_cached_generation_is_what_the_whole_sequence_gives(name, memory):
+    model, _ = attached(name, memory, torch.float64)
     result = generated(model, token_ids(2, 9))
     with torch.no_grad():
         whole = model(result.sequences).logits
@@ -97,8 +97,8 @@ def test_cached_generation_is_what_the_whole_sequence_gives(name):
     assert_close(torch.stack(result.logits, 1), whole[:, -num_new - 1 : -1].to(result.logits[0].dtype), torch.float32)
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_detaching_restores_the_model(name):
+@pytest.mark.parametrize(("name", "memory"), CASES)
+def test_detaching_restores_the_model(name, memory):
     model, ids = base_model(name), token_ids(2, 9)
     next(model.parameters()).requires_grad_(False)
 
@@ -112,7 +112,7 @@ def test_detaching_restores_the_model(name):
     with torch.no_grad():
         logits = model(ids).logits
         before = everything()
-        make_loud(ultramem.attach(model, memory_settings(), train="all"))
+        make_loud(ultramem.attach(model, memory_settings(memory), train="all"))
         assert not torch.equal(model(ids).logits, logits)
         ultramem.detach(model)
         assert everything() == before
@@ -341,6 +341,16 @@ def with_memories():
         (base_model, {"layers": [3]}, r"span 3:3 does not fit 3 blocks"),
         (base_model, {"layers": []}, r"placement is empty"),
         (base_model, {"memory_config": {"type": "ntm"}}, r"memory.type must be one of ultramem_v2"),
+        (
+            base_model,
+            {"memory_config": memory_settings(position="replace")},
+            r"'replace' is for ultramem's own decoder",
+        ),
+        (
+            base_model,
+            {"memory_config": memory_settings("ultramem", query_conv=3)},
+            r"a cache .* set memory.query_conv to",
+        ),
     ],
 )
 def test_what_cannot_be_attached_is_refused(make, options, message):

@@ -63,10 +63,15 @@ class MemoryAdapter(nn.Module):
                 f"memory.placement {config.placement!r} has spans; a memory beside an MLP is added in the block that "
                 f'it reads. Give layers a list of blocks in 0…{base.num_blocks - 1} or "every".'
             )
-        if config.position == "replace" or config.num_past_tokens:
+        if config.position != "parallel":
             raise ConfigError(
-                "a memory beside an MLP neither replaces it nor looks at past tokens: set memory.position to parallel "
-                "and leave memory.query_conv out."
+                f"memory.position {config.position!r} is for ultramem's own decoder; attached memories stand beside "
+                "the MLP. Leave it out or set it to parallel."
+            )
+        if config.num_past_tokens:
+            raise ConfigError(
+                "queries that look back at earlier tokens need a cache that other models do not keep for a memory; "
+                "set memory.query_conv to 0."
             )
         self.blocks = [span.start for span in spans]
         layer = MEMORY_TYPES[config.type].layer
@@ -123,7 +128,7 @@ class MemoryAdapter(nn.Module):
 
     @torch.no_grad()
     def _start_as_no_op(self, ffn_ratio: float) -> None:
-        """Draw the pool by the config's scheme, then zero what the memories' outputs are multiplied by."""
+        """Draw the pool by the config's scheme, then make every output zero."""
         draw_pool(self.pool, self._layers, self.base.num_blocks, ffn_ratio)
         for memory in self._layers:
             memory.zero_output(self.pool)
