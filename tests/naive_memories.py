@@ -1,4 +1,4 @@
-"""The memory layers written out from their definitions (docs/layers), in loops."""
+"""Parts of the memory layers written out from their definitions (docs/layers), in loops; see tests/memory_types."""
 
 import math
 
@@ -76,34 +76,6 @@ def naive_tucker_layer(layer, pool, x_ND, found, pre_value, project):
     return torch.stack(outputs), slots
 
 
-def naive_ultramem_v2(layer, pool, x_ND):
-    config = layer.config
-
-    def pre_value(x, row):
-        if not config.pre_value_dim:
-            return 1.0
-        pre = float(layer.pre_proj.weight @ x @ pool.pre_values[row])
-        gelu = config.pre_value_activation == "gelu"
-        return naive_gelu(pre) if gelu else pre
-
-    found = naive_tucker_slots(layer, x_ND, config.query_per_rank)
-    return naive_tucker_layer(layer, pool, x_ND, found, pre_value, config.projection == "project")
-
-
-def naive_ultramem(layer, pool, x_ND):
-    """The tokens are one sequence: the query convolution looks back along them."""
-    taps = layer.config.query_conv
-    queried = x_ND.clone()
-    for n in range(len(x_ND) if taps else 0):
-        queried[n] = sum(
-            layer.query_conv.weight[:, 0, tap] * x_ND[n - taps + 1 + tap]
-            for tap in range(taps)
-            if n - taps + 1 + tap >= 0
-        )
-    found = naive_tucker_slots(layer, queried)
-    return naive_tucker_layer(layer, pool, x_ND, found, lambda x, row: 1.0, project=True)
-
-
 def naive_gelu(number):
     return number * 0.5 * (1 + math.erf(number / math.sqrt(2)))
 
@@ -163,43 +135,3 @@ def naive_product_key_layer(layer, pool, x_ND, expert=lambda x, row: 1.0, softma
                 slots[-1].append(slot)
         pooled.append(total)
     return pooled, slots
-
-
-def naive_pkm(layer, pool, x_ND):
-    pooled, slots = naive_product_key_layer(layer, pool, x_ND)
-    project = layer.config.output_proj or layer.config.value_dim not in (None, len(x_ND[0]))
-    return torch.stack([naive_linear(layer.out_proj, total) for total in pooled] if project else pooled), slots
-
-
-def naive_memory_plus(layer, pool, x_ND):
-    pooled, slots = naive_product_key_layer(layer, pool, x_ND)
-    outputs = []
-    for x, total in zip(x_ND, pooled, strict=True):
-        gate = naive_linear(layer.gate_proj, x)
-        outputs.append(naive_linear(layer.out_proj, total * gate / (1 + torch.exp(-gate))))
-    return torch.stack(outputs), slots
-
-
-def naive_peer(layer, pool, x_ND):
-    def expert(x, row):
-        inner = float(pool.pre_values[row] @ x)
-        return naive_gelu(inner) if layer.config.activation == "gelu" else max(inner, 0.0)
-
-    softmax = layer.config.score_activation == "softmax"
-    pooled, slots = naive_product_key_layer(layer, pool, x_ND, expert, softmax)
-    return torch.stack(pooled), slots
-
-
-_NAIVE = {
-    "ultramem_v2": naive_ultramem_v2,
-    "ultramem": naive_ultramem,
-    "pkm": naive_pkm,
-    "memory_plus": naive_memory_plus,
-    "peer": naive_peer,
-}
-
-
-@torch.no_grad()
-def naive_layer(layer, pool, x_ND):
-    """(output [N, D], virtual slots per token) of one sequence of tokens; for one of three memories."""
-    return _NAIVE[layer.config.type](layer, pool, x_ND)

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from tiny_memories import SMALL
+from tiny_memories import SIZES
 
 _SIZES = {
     "vocab_size": 61,
@@ -54,12 +54,9 @@ def vision_language_model():
 
 # Kinds of memories, and what decides how a kind starts at zero: its output projection, or its rows where it has none.
 MEMORIES = {
-    "ultramem_v2": {"type": "ultramem_v2", **SMALL},
-    "ultramem": {"type": "ultramem", "num_keys": 6, "key_dim": 8, "value_dim": 12, "top_k": 4},
-    "memory_plus": {"type": "memory_plus", "num_keys": 6, "key_dim": 8, "top_k": 4},
-    "pkm": {"type": "pkm", "num_keys": 6, "key_dim": 8, "top_k": 4, "num_heads": 2},
-    "pkm_projected": {"type": "pkm", "num_keys": 6, "key_dim": 8, "value_dim": 12, "top_k": 4, "query_norm": "batch"},
-    "peer": {"type": "peer", "num_keys": 6, "key_dim": 8, "top_k": 4, "num_heads": 2, "query_norm": "rms"},
+    **{kind: {"type": kind, **sizes} for kind, sizes in SIZES.items()},
+    "pkm_projected": {"type": "pkm", **SIZES["pkm"], "num_heads": 1, "value_dim": 12, "query_norm": "batch"},
+    "peer_normed": {"type": "peer", **SIZES["peer"], "query_norm": "rms"},
 }
 
 

@@ -2,96 +2,29 @@
 
 import torch
 
+from memory_families import LOSSES, RING
+from memory_types import memory_type
 from ultramem import UltraMemConfig, UltraMemForCausalLM
 from ultramem.layers import MEMORY_TYPES
+from ultramem.layers.product_keys import ProductKeyMemory
 
 HIDDEN_SIZE, NUM_MEMORIES, MEMORY_INDEX = 14, 3, 1
 
-SMALL = {"num_keys": 6, "key_dim": 8, "value_dim": 12, "pre_value_dim": 10, "top_k": 4}
-_SMALL_KEYS = {"num_keys": 6, "key_dim": 8, "top_k": 4, "num_heads": 2}
-
 # The smallest settings of each type.
-SIZES = {
-    "ultramem_v2": SMALL,
-    "ultramem": {"num_keys": 6, "key_dim": 8, "value_dim": 12, "top_k": 4},
-    "memory_plus": _SMALL_KEYS,
-    "pkm": _SMALL_KEYS,
-    "peer": _SMALL_KEYS,
-}
+SIZES = {kind: memory_type(kind).SIZES for kind in MEMORY_TYPES}
 
 # What `decoder` multiplies output projections by.
 OUTPUT_SCALE = 20
 
-_RING = {"tables": "ring", "share_ratio": 0.7}
-_LOSSES = {"key_balance_weight": 0.1, "tucker_penalty_weight": 0.2, "tucker_penalty_margin": 0.0}
-_NORMS = {"query_norm": "rms", "key_norm": True}
-
 # What each variant changes about `SIZES` of its type.
-_VARIANTS = {
-    "ultramem_v2": {
-        "default": {},
-        "one_core_one_rank": {"num_cores": 1, "rank": 1},
-        "more_cores_and_ranks": {"num_cores": 3, "rank": 3},
-        "heads": {"num_heads": 3},
-        "query_per_rank": {"query_per_rank": True, "num_heads": 2, "rank": 3},
-        "ring": _RING,
-        "shared": {"tables": "shared"},
-        "expansion_summed": {"key_expansion": 2},
-        "expansion_projected": {"key_expansion": 2, "projection": "project", "num_heads": 2, **_RING},
-        "no_pre_values": {"pre_value_dim": 0},
-        "gelu": {"pre_value_activation": "gelu"},
-        "wide_top_k": {"top_k": 9, "coarse_top_k": 3},
-        "narrow_top_k": {"top_k": 2, "coarse_top_k": 5},
-        "signed": {"search": "signed", "coarse_top_k": 5},
-        "exact": {"search": "exact"},
-        "losses": _LOSSES,
-        "released": {"init": "released"},
-    },
-    "ultramem": {
-        "default": {},
-        "no_expansion": {"key_expansion": 1},
-        "expansion": {"key_expansion": 3, "num_heads": 2, "tables": "shared"},
-        "heads": {"num_heads": 3, "num_cores": 3, "rank": 3},
-        "one_core_one_rank": {"num_cores": 1, "rank": 1, "tucker_penalty_weight": 0.0},
-        "query_conv": {"query_conv": 3},
-        "one_tap": {"query_conv": 1, **_RING},
-        "exact": {"search": "exact", "query_conv": 2},
-        "losses": {**_LOSSES, "search": "signed", "coarse_top_k": 5},
-        "released": {"init": "released"},
-    },
-    "memory_plus": {
-        "default": {},
-        "private": {"tables": "private", "num_heads": 1, "query_bias": False},
-        "value_dim": {"value_dim": 9, "query_norm": "rms", **_RING},
-        "norms": {**_NORMS, "init": "paper"},
-        "batch": {"query_norm": "batch", "num_heads": 3},
-    },
-    "pkm": {
-        "default": {},
-        "no_bias": {"query_bias": False, "num_heads": 1},
-        "value_dim": {"value_dim": 9, "tables": "shared"},
-        "output_proj": {"output_proj": True, "num_heads": 3},
-        "query_rms": {"query_norm": "rms"},
-        "query_batch": {"query_norm": "batch", **_RING},
-        "key_norm": {"key_norm": True, "query_bias": False},
-        "norms": {"query_norm": "batch", "key_norm": True, "init": "paper"},
-        # More slots than keys of a side.
-        "wide_top_k": {"top_k": 9},
-    },
-    "peer": {
-        "default": {},
-        "relu": {"activation": "relu", "num_heads": 1, **_RING},
-        "raw_scores": {"score_activation": None, "num_heads": 3},
-        "norms": {**_NORMS, "init": "paper", "tables": "shared"},
-        "batch": {"query_norm": "batch", "score_activation": None, "activation": "relu"},
-    },
-}
-
 VARIANTS = {
     f"{kind}-{name}": {"type": kind, **changes}
-    for kind, variants in _VARIANTS.items()
-    for name, changes in variants.items()
+    for kind in MEMORY_TYPES
+    for name, changes in memory_type(kind).VARIANTS.items()
 }
+
+# Types whose slots have additive scores: what their base class promises holds for each.
+PRODUCT_KEY_TYPES = [name for name, kind in MEMORY_TYPES.items() if issubclass(kind.layer, ProductKeyMemory)]
 
 
 def memory_config(type="ultramem_v2", **changes):
@@ -120,6 +53,9 @@ def memory_layer(config=None, dtype=torch.float64, std=0.5, seed=0, memory_index
                 tensor.normal_(std=0.3)
             elif name.startswith("query_conv"):
                 tensor.normal_()
+            elif not name.startswith("retrieval.") and (tensor == tensor.flatten()[0]).all():
+                # A parameter of the layer's own that starts as one number.
+                tensor.add_(torch.randn_like(tensor), alpha=0.3)
         for name, tensor in layer.named_buffers():
             if name.endswith("query_mean"):
                 tensor.normal_(std=0.3)
@@ -180,13 +116,9 @@ def token_ids(*shape, seed=1):
 DECODERS = {
     "every": {},
     "dense": {"memory": None},
-    "blocks": {"memory": {"placement": [0, 2], "num_heads": 2}},
     "spans": {"memory": {"placement": "0:2/0:1/1:2/2:2"}},
-    "losses": {"memory": _LOSSES},
-    "untied": {"tie_word_embeddings": False, "memory": {**_RING, "key_expansion": 2}},
+    "losses": {"memory": LOSSES},
+    "untied": {"tie_word_embeddings": False, "memory": {**RING, "key_expansion": 2}},
     "replace": {"memory": {"position": "replace", "placement": "0:1/0:0/2:2", "tables": "shared"}},
-    "ultramem": {"memory": {"type": "ultramem", "placement": "0:2/1:1", "query_conv": 3}},
-    "memory_plus": {"memory": {"type": "memory_plus", "placement": [0, 2], "position": "replace"}},
-    "pkm": {"memory": {"type": "pkm", "query_norm": "batch", "value_dim": 9}},
-    "peer": {"memory": {"type": "peer", **_RING}},
+    **{kind: {"memory": {"type": kind, **memory_type(kind).DECODER}} for kind in MEMORY_TYPES},
 }

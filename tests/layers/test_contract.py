@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from tiny_memories import HIDDEN_SIZE, NUM_MEMORIES, VARIANTS, drawn_layer, memory_config, memory_layer, tokens
+from tiny_memories import (
+    HIDDEN_SIZE,
+    NUM_MEMORIES,
+    PRODUCT_KEY_TYPES,
+    VARIANTS,
+    drawn_layer,
+    memory_config,
+    memory_layer,
+    tokens,
+)
 from tolerances import assert_bit_equal, assert_close
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -144,7 +153,7 @@ def test_gradients_are_those_of_finite_differences(changes):
     assert_gradients_are_those_of_finite_differences(WithPool(*memory_layer(**changes)).eval())
 
 
-@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
+@pytest.mark.parametrize("kind", PRODUCT_KEY_TYPES)
 def test_gradients_pass_through_the_batchs_statistics(kind):
     layer, pool = memory_layer(type=kind, query_norm="batch", key_norm=True)
     assert_gradients_are_those_of_finite_differences(WithPool(layer, pool).train())

@@ -3,21 +3,13 @@
 import pytest
 import torch
 
+from memory_types import memory_type
 from tiny_memories import HIDDEN_SIZE, MEMORY_INDEX, NUM_MEMORIES, VARIANTS, memory_config, memory_layer, tokens
 from tolerances import assert_bit_equal, assert_close
 from ultramem.layers import MEMORY_TYPES
 
 # The variants, and whether training, whose compilation is tested every time; the others are slow tests.
-COMPILED = {
-    ("ultramem_v2-default", True),
-    ("ultramem_v2-losses", True),
-    ("ultramem_v2-expansion_projected", False),
-    ("ultramem_v2-exact", False),
-    ("ultramem-query_conv", True),
-    ("memory_plus-norms", True),
-    ("pkm-query_batch", True),
-    ("peer-default", True),
-}
+COMPILED = {(f"{kind}-{name}", training) for kind in MEMORY_TYPES for name, training in memory_type(kind).COMPILED}
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 

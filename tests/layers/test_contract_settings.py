@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory_types import memory_type
 from tiny_memories import SIZES, drawn_layer, memory_config, memory_layer, tokens
 from ultramem.layers import MEMORY_TYPES
 from ultramem.ops.product_topk import num_candidates
@@ -14,56 +15,7 @@ from ultramem.ops.product_topk import num_candidates
 # The type names the class; placement and position belong to the decoder (tests/model/test_placements.py).
 ELSEWHERE = {"type", "placement", "position"}
 
-_RING = {"tables": "ring", "share_ratio": 0.4}
-
-# (settings before, what is changed) per setting, of every memory, of its family and of its type.
-COMMON = {
-    "tables": ({"tables": "private"}, {"tables": "shared"}),
-    "share_ratio": (_RING, {"share_ratio": 0.7}),
-    "num_keys": ({}, {"num_keys": 7}),
-    "key_dim": ({}, {"key_dim": 10}),
-    "top_k": ({}, {"top_k": 5}),
-    "num_heads": ({}, {"num_heads": 3}),
-}
-TUCKER = {
-    **COMMON,
-    "value_dim": ({}, {"value_dim": 18}),
-    "coarse_top_k": ({}, {"coarse_top_k": 3}),
-    "num_cores": ({}, {"num_cores": 3}),
-    "rank": ({}, {"rank": 3}),
-    "key_expansion": ({}, {"key_expansion": 3}),
-    "search": ({}, {"search": "exact"}),
-    "key_balance_weight": ({}, {"key_balance_weight": 0.1}),
-    "tucker_penalty_weight": ({"tucker_penalty_margin": 0.0}, {"tucker_penalty_weight": 0.1}),
-    "tucker_penalty_margin": ({"tucker_penalty_weight": 0.1}, {"tucker_penalty_margin": 0.05}),
-    "init": ({"init": "paper"}, {"init": "released"}),
-    "shuffle_seed": ({}, {"shuffle_seed": 1}),
-}
-ADDITIVE = {
-    **COMMON,
-    "query_bias": ({}, {"query_bias": False}),
-    "query_norm": ({"query_norm": "rms"}, {"query_norm": "batch"}),
-    "key_norm": ({}, {"key_norm": True}),
-    "init": ({"query_norm": "rms", "init": "released"}, {"init": "paper"}),
-}
-CHANGES = {
-    "ultramem_v2": {
-        **TUCKER,
-        "pre_value_dim": ({}, {"pre_value_dim": 9}),
-        "projection": ({"key_expansion": 2}, {"projection": "project"}),
-        "query_per_rank": ({}, {"query_per_rank": True}),
-        "pre_value_activation": ({}, {"pre_value_activation": "gelu"}),
-        "output_dropout": ({}, {"output_dropout": 0.5}),
-    },
-    "ultramem": {**TUCKER, "query_conv": ({}, {"query_conv": 2})},
-    "memory_plus": {**ADDITIVE, "value_dim": ({}, {"value_dim": 9})},
-    "pkm": {**ADDITIVE, "value_dim": ({}, {"value_dim": 9}), "output_proj": ({}, {"output_proj": True})},
-    "peer": {
-        **ADDITIVE,
-        "activation": ({}, {"activation": "relu"}),
-        "score_activation": ({}, {"score_activation": None}),
-    },
-}
+CHANGES = {kind: memory_type(kind).CHANGES for kind in MEMORY_TYPES}
 
 
 def observed(settings):
@@ -117,6 +69,7 @@ def configs(draw, kind):
     if settings["tables"] == "ring":
         settings["share_ratio"] = draw(st.floats(1 / num_memories, 1))
     config = MEMORY_TYPES[kind].config
+    most = config(**{**SIZES[kind], **settings, "top_k": 1}).side(num_memories) ** 2
     fields = {field.name for field in dataclasses.fields(config)}
     if "key_expansion" in fields:
         num_cores = draw(st.integers(1, 3))
@@ -131,24 +84,14 @@ def configs(draw, kind):
         side = config(**settings, top_k=1).side(num_memories)
         settings["coarse_top_k"] = draw(st.integers(1, side))
         most = num_candidates(settings["search"], side, settings["coarse_top_k"])
-    else:
+    elif "query_bias" in fields:
         settings |= {
             "query_bias": draw(st.booleans()),
             "query_norm": draw(st.sampled_from([None, "rms", "batch"])),
             "key_norm": draw(st.booleans()),
         }
-        most = config(**settings, top_k=1).side(num_memories) ** 2
-        if "value_dim" in fields:
-            settings["value_dim"] = draw(st.none() | sizes)
     settings["top_k"] = draw(st.integers(1, min(most, 20)))
-    if kind == "ultramem":
-        settings["query_conv"] = draw(st.integers(0, 3))
-    if kind == "ultramem_v2":
-        settings |= {
-            "pre_value_dim": draw(st.integers(0, 4)),
-            "projection": draw(st.sampled_from(["sum", "project"])),
-            "query_per_rank": draw(st.booleans()),
-        }
+    settings |= {name: draw(strategy) for name, strategy in memory_type(kind).STRATEGIES.items()}
     return draw(st.integers(2, 6)), num_memories, settings
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from naive_memories import naive_layer
+from memory_types import memory_type
 from tiny_memories import HIDDEN_SIZE, VARIANTS, memory_layer, tokens
 from tolerances import assert_close
 from ultramem.layers import MemoryPool
@@ -13,7 +13,7 @@ variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 def assert_equals_naive(layer, pool, x):
     with torch.no_grad():
-        expected, slots = naive_layer(layer, pool, x)
+        expected, slots = memory_type(layer.config.type).naive(layer, pool, x)
         result = layer(x, pool, return_statistics=True)
     assert_close(result.output, expected)
     assert [sorted(row) for row in result.statistics["slots_NK"].tolist()] == [sorted(row) for row in slots]
@@ -134,3 +134,18 @@ def test_autocast_keeps_the_products_in_the_tables_precision(monkeypatch):
     pre = torch.einsum("nku,nu->nk", pool.pre_values[rows].double(), projected.double())
     assert_close(w, scores * pre[..., None])
     assert w.dtype == torch.float32
+
+
+def test_a_type_without_its_file_is_named():
+    with pytest.raises(
+        ModuleNotFoundError, match=r"'lookup' has no tests: add tests/memory_types/lookup\.py with SIZES, "
+    ):
+        memory_type("lookup")
+
+
+def test_a_file_that_lacks_a_name_is_told(monkeypatch):
+    module = memory_type("pkm")
+    monkeypatch.delattr(module, "DECODER")
+    monkeypatch.delattr(module, "naive")
+    with pytest.raises(AttributeError, match=r"tests/memory_types/pkm\.py lacks DECODER, naive; "):
+        memory_type("pkm")

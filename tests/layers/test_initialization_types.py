@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tiny_memories import HIDDEN_SIZE, memory_config
+from tiny_memories import HIDDEN_SIZE, PRODUCT_KEY_TYPES, SIZES, memory_config
 from ultramem.layers import MEMORY_TYPES, draw_pool
 
 HIDDEN, NUM_BLOCKS, NUM_MEMORIES = 160, 8, 3
@@ -16,7 +16,7 @@ ADDITIVE = {"num_keys": 40, "key_dim": 24, "top_k": 12, "num_heads": 2}
 def build(kind, seed=0, **settings):
     """The second of three memories and their pool in a decoder of eight blocks, as it draws them."""
     torch.manual_seed(seed)
-    config = MEMORY_TYPES[kind].config(**settings)
+    config = MEMORY_TYPES[kind].config(**{**SIZES[kind], **settings})
     layers = [MEMORY_TYPES[kind].layer(HIDDEN, config, NUM_MEMORIES, index) for index in range(NUM_MEMORIES)]
     pool = MEMORY_TYPES[kind].layer.make_pool(HIDDEN, config, NUM_MEMORIES, draw=False)
     draw_pool(pool, layers, NUM_BLOCKS, 2.5)
@@ -91,7 +91,7 @@ def test_a_query_convolution_starts_as_nothing(taps):
         torch.testing.assert_close(layer(x, pool).output, plain(x, pool).output)
 
 
-@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
+@pytest.mark.parametrize("kind", PRODUCT_KEY_TYPES)
 @pytest.mark.parametrize(
     "norms",
     [{"query_norm": "rms"}, {"query_norm": "batch"}, {"key_norm": True}, {"query_norm": "rms", "key_norm": True}],
@@ -112,7 +112,7 @@ def test_simulated_gains_bring_the_mean_selected_score_to_one(kind, norms):
         assert gain is None or (gain == 1).all()
 
 
-@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
+@pytest.mark.parametrize("kind", PRODUCT_KEY_TYPES)
 def test_without_norms_both_schemes_are_the_same(kind):
     ours, theirs = (build(kind, **ADDITIVE, init=init)[0].state_dict() for init in ("paper", "released"))
     for name, tensor in ours.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny_memories import DECODERS, SMALL, decoder, decoder_config, token_ids
+from tiny_memories import DECODERS, SIZES, decoder, decoder_config, token_ids
 from ultramem import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model import cost_card, parameter_roles
 
@@ -101,4 +101,4 @@ def test_the_published_run_has_its_published_size():
 
 
 def test_small_settings_are_those_counted_by_hand():
-    assert SMALL == {"num_keys": 6, "key_dim": 8, "value_dim": 12, "pre_value_dim": 10, "top_k": 4}
+    assert SIZES["ultramem_v2"] == {"num_keys": 6, "key_dim": 8, "value_dim": 12, "pre_value_dim": 10, "top_k": 4}

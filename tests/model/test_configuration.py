@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_memories import decoder_config, token_ids
 from ultramem import UltraMemConfig, UltraMemForCausalLM, UltraMemV2Config
 from ultramem.errors import ConfigError
-from ultramem.layers import Span
+from ultramem.layers import MEMORY_TYPES, Span
 from ultramem.model import cost_card
 
 
@@ -28,8 +28,8 @@ def test_the_default_is_a_small_valid_ultramem():
     ("settings", "text"),
     [
         ({"memory": {"num_kyes": 4}}, r"memory\.num_kyes is no setting of a memory of type ultramem_v2; allowed are"),
-        ({"memory": {"type": "lookup"}}, r"memory\.type must be one of ultramem_v2, .*peer; got 'lookup'"),
-        ({"memory": {"type": None}}, r"memory\.type must be one of ultramem_v2, .*peer; got None"),
+        ({"memory": {"type": "lookup"}}, rf"memory\.type must be one of {', '.join(MEMORY_TYPES)}; got 'lookup'"),
+        ({"memory": {"type": None}}, rf"memory\.type must be one of {', '.join(MEMORY_TYPES)}; got None"),
         ({"memory": {"num_keys": "64"}}, r"memory: .*'num_keys'.*expected int, got str \(value: '64'\)"),
         ({"memory": {"num_keys": 6.0}}, r"memory: .*'num_keys'.*expected int, got float"),
         ({"memory": {"tables": "ring", "share_ratio": "half"}}, r"memory: .*'share_ratio'.*got str"),

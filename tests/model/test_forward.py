@@ -8,6 +8,7 @@ import torch
 from tiny_memories import DECODERS, decoder, token_ids
 from tolerances import assert_close
 from ultramem.errors import ConfigError
+from ultramem.layers import MEMORY_TYPES
 
 decoders = pytest.mark.parametrize("settings", DECODERS.values(), ids=DECODERS)
 
@@ -262,7 +263,7 @@ def test_every_parameter_gets_a_gradient(settings):
         assert parameter.grad.abs().sum() > 0, name
 
 
-COMPILED_SLOWLY = ["spans", "untied", "replace", "ultramem", "memory_plus", "pkm", "peer"]
+COMPILED_SLOWLY = ["spans", "untied", "replace", *MEMORY_TYPES]
 TWO_BLOCKS = {"num_hidden_layers": 2, "memory": {"placement": "0:1/1:1", "key_balance_weight": 0.1}}
 
 

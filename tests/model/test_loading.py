@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tiny_memories import DECODERS, OUTPUT_SCALE, decoder, decoder_config, token_ids
 from tolerances import assert_bit_equal
 from ultramem import UltraMemConfig, UltraMemForCausalLM, UltraMemModel
+from ultramem.layers import MEMORY_TYPES
 
 decoders = pytest.mark.parametrize("settings", DECODERS.values(), ids=DECODERS)
 
@@ -134,86 +135,76 @@ def test_the_file_decides_over_the_seed_in_the_configuration(tmp_path):
     assert_same_tensors(UltraMemForCausalLM.from_pretrained(tmp_path), model)
 
 
-MISSING = {
-    "every": [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "model.layers.1.self_attn.o_proj.weight",
-        "model.layers.1.mlp.down_proj.weight",
-        "model.layers.1.memories.0.permutation",
-        "model.layers.1.memories.0.out_proj.weight",
-        "model.layers.1.memories.0.pre_proj.weight",
-        "model.layers.1.memories.0.retrieval.query_proj.weight",
-        "model.layers.1.memories.0.retrieval.query_norm",
-        "model.layers.1.memories.0.retrieval.keys",
-        "model.layers.1.memories.0.retrieval.cores",
-        "model.memory_pool.values",
-        "model.memory_pool.pre_values",
-    ],
-    "ultramem": [
-        "model.layers.1.memories.0.permutation",
-        "model.layers.1.memories.0.out_proj.weight",
-        "model.layers.1.memories.0.query_conv.weight",
-        "model.layers.1.memories.0.retrieval.key_norm",
-        "model.layers.1.memories.0.retrieval.cores",
-        "model.memory_pool.values",
-    ],
-    "memory_plus": [
-        "model.layers.2.memories.0.gate_proj.weight",
-        "model.layers.2.memories.0.gate_proj.bias",
-        "model.layers.2.memories.0.out_proj.weight",
-        "model.layers.2.memories.0.out_proj.bias",
-        "model.layers.2.memories.0.retrieval.keys",
-        "model.memory_pool.values",
-    ],
-    "pkm": [
-        "model.layers.1.memories.0.out_proj.weight",
-        "model.layers.1.memories.0.out_proj.bias",
-        "model.layers.1.memories.0.retrieval.query_proj.weight",
-        "model.layers.1.memories.0.retrieval.query_proj.bias",
-        "model.layers.1.memories.0.retrieval.query_norm",
-        "model.layers.1.memories.0.retrieval.query_shift",
-        "model.layers.1.memories.0.retrieval.query_mean",
-        "model.layers.1.memories.0.retrieval.query_variance",
-    ],
-    "peer": [
-        "model.layers.1.memories.0.retrieval.query_proj.weight",
-        "model.layers.1.memories.0.retrieval.keys",
-        "model.memory_pool.values",
-        "model.memory_pool.pre_values",
-    ],
-}
+MISSING = [
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.1.memories.0.permutation",
+    "model.layers.1.memories.0.out_proj.weight",
+    "model.layers.1.memories.0.pre_proj.weight",
+    "model.layers.1.memories.0.retrieval.query_proj.weight",
+    "model.layers.1.memories.0.retrieval.query_norm",
+    "model.layers.1.memories.0.retrieval.keys",
+    "model.layers.1.memories.0.retrieval.cores",
+    "model.memory_pool.values",
+    "model.memory_pool.pre_values",
+]
 # What starts as one number; the gains of Tucker retrievals are simulated.
 CONSTANTS = {"bias": 0.0, "query_shift": 0.0, "query_mean": 0.0, "query_variance": 1.0, "norm.weight": 1.0}
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in MISSING for name in MISSING[kind]])
-def test_only_a_missing_tensor_is_drawn(kind, name, tmp_path):
-    model = trained_looking(**DECODERS[kind])
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    del tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
-    loaded = UltraMemForCausalLM.from_pretrained(tmp_path)
+def assert_alone_drawn(name, model, tensors, folder):
+    """The tensor is drawn where all but it are loaded; ``tensors``: those of the model's file."""
+    kept = {other: tensor for other, tensor in tensors.items() if other != name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = UltraMemForCausalLM.from_pretrained(folder)
     for other, tensor in loaded.state_dict().items():
         if other not in (name, "lm_head.weight"):
             assert_bit_equal(tensor, tensors[other])
     drawn, saved = loaded.state_dict()[name], model.state_dict()[name]
-    assert not torch.equal(drawn, saved)
+    assert not torch.equal(drawn, saved), name
     assert drawn.float().isfinite().all()
-    constants = CONSTANTS | ({"query_norm": 1.0} if kind == "pkm" else {})
+    batch_norm = any(other.endswith("query_mean") for other in tensors)
+    constants = CONSTANTS | ({"query_norm": 1.0} if batch_norm else {})
     constant = [value for end, value in constants.items() if name.endswith(end)]
     if constant:
         assert (drawn == constant[0]).all()
     elif "query_conv" in name:
         assert (drawn == torch.tensor([0.0, 0.0, 1.0])).all()
     elif drawn.is_floating_point() and drawn.numel() > 50:
-        scaled = ("o_proj", "down_proj", "out_proj", "memory_pool.values" if kind == "peer" else "out_proj")
+        scaled = (
+            "o_proj",
+            "down_proj",
+            "out_proj",
+            "memory_pool.values" if model.model.memories[0].out_proj is None else "out_proj",
+        )
         scale = OUTPUT_SCALE if any(part in name for part in scaled) else 1
         assert drawn.std().item() * scale == pytest.approx(saved.std().item(), rel=0.35)
     if "permutation" in name:
         assert drawn.sort().values.tolist() == list(range(len(drawn)))
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_only_a_missing_tensor_is_drawn(name, tmp_path):
+    model = trained_looking()
+    model.save_pretrained(tmp_path)
+    assert_alone_drawn(name, model, load_file(tmp_path / "model.safetensors"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", MEMORY_TYPES)
+def test_only_the_missing_tensor_of_a_memory_is_drawn(kind, tmp_path):
+    """Each tensor of the first memory and its pool; directions follow from cores (below)."""
+    model = trained_looking(**DECODERS[kind])
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    memories = [name for name in tensors if ".memories." in name and not name.endswith("_direction")]
+    first = memories[0].partition(".memories.")[0]
+    names = [name for name in memories if name.startswith(f"{first}.")]
+    names += [name for name in tensors if "memory_pool" in name]
+    assert len(names) >= 4
+    for name in names:
+        assert_alone_drawn(name, model, tensors, tmp_path)
 
 
 @pytest.mark.parametrize("lost", [["row_direction"], ["col_direction"], ["row_direction", "col_direction"]])

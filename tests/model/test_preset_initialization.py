@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tiny_memories import PRODUCT_KEY_TYPES
 from ultramem import UltraMemConfig
 from ultramem.layers import MEMORY_TYPES, MemoryPool, RingWindow
 from ultramem.model.presets import PRESETS
@@ -64,7 +65,7 @@ def test_scores_are_one_and_the_output_has_its_published_strength(name):
     assert output.mean().abs().item() < 0.2 * target
 
 
-@presets("memory_plus", "pkm", "peer")
+@presets(*PRODUCT_KEY_TYPES)
 def test_scores_are_one_where_norms_can_set_them(name):
     _, layer, pool = build(name, query_norm="rms", key_norm=True, init="paper")
     scores, output = look_up(layer, pool)

@@ -125,7 +125,7 @@ _PUBLISHED: dict[str, Settings] = {
 def _family(
     name: str, decoder: Settings, dense_size: int, expert_size: int, memories: dict[str, tuple[int, Settings]]
 ) -> dict[str, Settings]:
-    """The seven members of a family.
+    """The members of a family: dense, mixture of experts, and one of every memory type given.
 
     Args:
         name: prefix of the members' names.
