@@ -1,4 +1,4 @@
-"""A query convolution under cached decoding: exact in fp64, whatever is padded, chunked, searched or kept statically."""
+"""A query convolution under cached decoding: exact in fp64, whatever is padded, chunked or searched."""
 
 import pytest
 import torch

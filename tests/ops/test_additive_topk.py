@@ -159,5 +159,5 @@ def test_what_additive_scores_cannot_be_is_refused():
         product_topk(row.expand(-1, -1, -1, 2), col.expand(-1, -1, -1, 2), top_k=2)
     with pytest.raises(ValueError, match="got 1 ranks and search 'signed'"):
         product_topk(row, col, top_k=2, search="signed")
-    with pytest.raises(ValueError, match="top_k must lie between 1 and 49, .*; got 50"):
+    with pytest.raises(ValueError, match=r"top_k must lie between 1 and 49, .*; got 50"):
         product_topk(row, col, top_k=50)
