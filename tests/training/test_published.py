@@ -1,16 +1,19 @@
 """The configs of the published runs: sizes, one recipe for all, and the tables from published settings to fields."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from ultramem.model import cost_card
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.dry_run import summarize
 from ultramem.training.run import model_config
+from ultramem.training.scale import SCALES
 from ultramem.training.schedule import build_schedules
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +147,33 @@ def test_the_overrides_of_reproducing_md_are_accepted():
     config = load_config(ROOT / "configs" / "ultramem_227m_1.2b.yaml", overrides)
     assert config.num_steps == 238_418
     assert config.num_tokens == pytest.approx(1e12, rel=0.001)
+
+
+def test_the_torchrun_commands_of_training_md_are_ones_that_torchrun_reads():
+    """Options exist, and what they start is `ultramem train` on a config that there is. Nothing is run."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^(?:srun )?torchrun (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        arguments = get_args_parser().parse_args(shlex.split(re.sub(r"\$\w+", "4", command)))
+        assert (arguments.module, arguments.training_script) == (True, "ultramem.cli")
+        verb, config, folder = arguments.training_script_args
+        assert (verb, folder.partition("=")[0]) == ("train", "data.folder")
+        assert load_config(ROOT / config).training.global_batch_sequences % (4 * 8 * 3) == 0
+        assert arguments.nproc_per_node == "8"
+
+
+def test_the_limits_of_tiny_are_documented():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    scale = SCALES["tiny"]
+    for limits in (
+        f"at most {scale.hidden_size}, {scale.num_attention_heads} (",
+        f"at most {scale.num_hidden_layers}; a memory at block b moves to ⌊{scale.num_hidden_layers}b/L⌋",
+        f"at most {scale.num_keys}, {scale.top_k}, {scale.num_memory_heads};",
+        f"at most {scale.num_experts}, {scale.num_experts_per_tok} |",
+        f"at most {scale.sequence_length_tokens} tokens, {scale.global_batch_sequences} and "
+        f"{scale.micro_batch_sequences} sequences",
+        f"at most {scale.num_steps} steps",
+        f"`validation.tokens` at most {scale.validation_tokens}",
+    ):
+        assert limits in text, limits
