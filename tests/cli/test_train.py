@@ -46,7 +46,7 @@ def test_dry_run_prints_the_figures_and_writes_nothing(invoke, overrides, tmp_pa
     result = invoke("train", CONFIGS / "demo.yaml", *overrides, *TINY_MEMORY, "--dry-run")
     assert result.exit_code == 0, result.output
     shown = {line.split("│")[1].strip() for line in result.stdout.splitlines() if line.count("│") == 3}
-    assert {"table parameters", "FLOPs per token, training", "memory: all", "tokens", "steps"} <= shown
+    assert {"table parameters", "FLOPs per token, training", "memory per process: all", "tokens", "steps"} <= shown
     assert yaml.safe_load(result.stdout.split("┌")[0])["training"]["max_steps"] == 3
     assert not (tmp_path / "run").exists()
 
@@ -61,6 +61,18 @@ def test_a_fresh_clone_has_a_dry_run_and_no_run(invoke, tmp_path):
     assert isinstance(error, DataError)
     assert f"make it with `ultramem data prepare SOURCE… --output {tmp_path}/absent --tokenizer …`" in str(error)
     assert "for the demo: `make demo`" in str(error)
+
+
+def test_a_tiny_copy_of_a_published_run(invoke, data_folder, tmp_path):
+    """A config of billions of tokens, tried in seconds, in a folder of its own."""
+    published = ["train", CONFIGS / "ultramem_v2_227m_1.2b.yaml", f"data.folder={data_folder}", "--scale", "tiny"]
+    published += [f"run.save_folder={tmp_path}/run", "training.max_tokens=256"]
+    result = invoke(*published, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "1 of 256 tokens" in result.stdout
+    result = invoke(*published)
+    assert result.exit_code == 0, result.output
+    assert f"model: {tmp_path}/run-tiny/step1-hf" in result.stdout
 
 
 def test_a_mistake_in_an_override_is_a_config_error(invoke, overrides):

@@ -1,31 +1,108 @@
 """``--dry-run``: its sizes are the built module's."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from ultramem.errors import ConfigError, DataError
-from ultramem.model import UltraMemForCausalLM
+from ultramem.model import UltraMemConfig, UltraMemForCausalLM
+from ultramem.model.presets import PRESETS
 from ultramem.model.roles import parameter_roles
-from ultramem.training.dry_run import estimate_memory, format_bytes, print_dry_run, resolve_dry_run, summarize
+from ultramem.training.dry_run import (
+    estimate_memory,
+    format_bytes,
+    print_dry_run,
+    resolve_dry_run,
+    saved_bytes_per_token,
+    summarize,
+)
 from ultramem.training.run import model_config, resolve_config
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
-@pytest.mark.parametrize("overrides", [[], ["model.memory=null"], ["model.tie_word_embeddings=false"]])
-def test_sizes_equal_the_built_modules(config_path, overrides):
-    config, manifest = resolve_config(config_path, overrides)
+
+def assert_sizes_are_the_built_modules(config, manifest):
     with torch.device("meta"):
         model = UltraMemForCausalLM(model_config(config))
-    sizes = {"table": 0, "dense": 0}
+    sizes = {"table": 0, "expert": 0, "dense": 0}
     parameters = dict(model.named_parameters())
     for name, role in parameter_roles(model).items():
-        sizes["table" if role == "table" else "dense"] += parameters[name].numel()
+        kind = "table" if role == "table" else "expert" if ".experts." in name else "dense"
+        sizes[kind] += parameters[name].numel()
     rows = dict(summarize(config, manifest))
-    assert rows["dense parameters"] == f"{sizes['dense']:,}"
-    assert rows["table parameters"] == f"{sizes['table']:,}"
     assert rows["parameters"] == f"{sum(sizes.values()):,}"
+    assert {kind: rows[f"{kind} parameters"] for kind in sizes} == {kind: f"{size:,}" for kind, size in sizes.items()}
     memory = estimate_memory(config)
-    assert memory.weights_bytes == memory.gradients_bytes == 4 * sum(sizes.values())
+    assert memory.weights_bytes == 4 * sum(sizes.values())
     assert memory.moments_bytes == 8 * sum(sizes.values())
+    pool = model.model.memory_pool
+    values = 0 if pool is None else pool.values.numel()
+    assert memory.gradients_bytes == 4 * (sum(sizes.values()) + values)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.memory=null"],
+        ["model.tie_word_embeddings=false"],
+        ["model.memory={type: pkm, num_keys: 9, top_k: 3, position: replace, placement: [1]}"],
+        ["model.ffn.type=moe", "model.ffn.num_experts=4", "model.ffn.num_experts_per_tok=2"],
+        *([f"model.memory={{type: {kind}, num_keys: 9, top_k: 3}}"] for kind in ("pkm", "peer", "memory_plus")),
+    ],
+)
+def test_sizes_equal_the_built_modules(config_path, overrides):
+    assert_sizes_are_the_built_modules(*resolve_config(config_path, overrides))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_counted_without_data_and_without_a_model(path, monkeypatch, capsys):
+    config, manifest = resolve_dry_run(path, ["data.folder=nowhere", "model.vocab_size=50304"])
+    assert manifest is None
+    assert_sizes_are_the_built_modules(config, manifest)
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("a dry run makes no tables")
+
+    monkeypatch.setattr("ultramem.layers.table.MemoryPool.__init__", refuse)
+    print_dry_run(*resolve_dry_run(path, ["data.folder=nowhere", "model.vocab_size=50304"]))
+    text = capsys.readouterr().out
+    for row in ("parameters", "FLOPs of the run", "memory per process: all", "tokens", "steps"):
+        assert re.search(rf"^│ {row} +│", text, re.MULTILINE), row
+
+
+def saved_bytes(config: UltraMemConfig, num_sequences: int, dtype: torch.dtype) -> int:
+    """Bytes of all tensors that autograd keeps for the backward of a batch, weights left out."""
+    torch.manual_seed(0)
+    model = UltraMemForCausalLM(config).train()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            # Kept alive, or another tensor could take its address.
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(0, config.vocab_size, (num_sequences, 32))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        model(input_ids=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny-")])
+def test_saved_activations_are_what_autograd_saves(name, dtype):
+    config = UltraMemConfig.from_preset(name, vocab_size=64)
+    # The difference leaves out what does not grow with the tokens, such as weights cast to bf16.
+    measured = (saved_bytes(config, 6, dtype) - saved_bytes(config, 2, dtype)) / (4 * 32)
+    assert saved_bytes_per_token(config, dtype.itemsize) == pytest.approx(measured, rel=0.1)
 
 
 def test_activations_shrink_with_micro_batch_and_checkpointing(config_path):
@@ -75,6 +152,15 @@ def test_dry_run_without_data_and_vocabulary_says_what_to_do(config_path):
     too_long = ["data.folder=nowhere", "model.vocab_size=64", "data.sequence_length_tokens=65"]
     with pytest.raises(ConfigError, match=r"max_position_embeddings' \(64\) is smaller"):
         resolve_dry_run(config_path, too_long)
+
+
+def test_a_scaled_dry_run_without_data_keeps_the_vocabulary(config_path):
+    config, manifest = resolve_dry_run(config_path, ["data.folder=nowhere", "model.vocab_size=77"], "tiny")
+    assert manifest is None
+    assert config.model["vocab_size"] == 77
+    assert config.save_folder.name == "run-tiny"
+    with pytest.raises(DataError, match=r"if 'model\.vocab_size' is given"):
+        resolve_dry_run(config_path, ["data.folder=nowhere"], "tiny")
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(12, "12.0 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")])

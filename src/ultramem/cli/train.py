@@ -31,6 +31,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config, sizes, FLOPs and memory, and stop.")
     ] = False,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="`tiny` shrinks the run to seconds, in the folder NAME-tiny.")
+    ] = None,
 ) -> None:
     """Train a language model; the same command again resumes from the newest complete checkpoint."""
     # OLMo-core takes seconds to import.
@@ -40,7 +43,7 @@ def train(
     if dry_run:
         from ultramem.training.dry_run import print_dry_run, resolve_dry_run
 
-        print_dry_run(*resolve_dry_run(config, overrides or []))
+        print_dry_run(*resolve_dry_run(config, overrides or [], scale))
         return
-    model_folder = run_training(*resolve_config(config, overrides or []))
+    model_folder = run_training(*resolve_config(config, overrides or [], scale))
     typer.echo(f"model: {model_folder}")

@@ -7,9 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ultramem.data.manifest import DataManifest
+from ultramem.model import UltraMemConfig
 from ultramem.model.accounting import cost_card
+from ultramem.model.ffn import MoEFFNConfig
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, fit_positions, model_config, resolve_config
+from ultramem.training.scale import scale_config
 
 FP32_BYTES = 4
 
@@ -30,7 +33,7 @@ class MemoryEstimate:
 
 
 def resolve_dry_run(
-    path: str | Path, overrides: list[str] | tuple[str, ...] = ()
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), scale: str | None = None
 ) -> tuple[RunConfig, DataManifest | None]:
     """Resolves a config as a run does, but goes without data that are not there yet if the vocabulary is given.
 
@@ -41,38 +44,86 @@ def resolve_dry_run(
         ConfigError, DataError: see :func:`ultramem.training.run.resolve_config`.
     """
     config = load_config(path, overrides)
-    if Path(config.data.folder or "").exists() or config.model.get("vocab_size") is None:
-        return resolve_config(path, overrides)
+    vocab_size = config.model.get("vocab_size")
+    if Path(config.data.folder or "").exists() or vocab_size is None:
+        return resolve_config(path, overrides, scale)
+    if scale is not None:
+        # Without data, the vocabulary of a scaled run is the config's own.
+        config = scale_config(config, model_config(config), scale)
+        config.model["vocab_size"] = vocab_size
     fit_positions(config)
     return config, None
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """Weights, dense gradients and AdamW's two moments in fp32, and the activations of one micro-batch.
+    """What one process holds that shares nothing with others, counted from the config alone.
 
-    Activations per token and block: about 12 vectors of the hidden width and 4 of the FFN's inner width in the
-    arithmetic's precision, and per memory the selected rows (values and pre-values) with their scores; with gradient
-    checkpointing one vector per block and one block's activations. Logits are kept in the arithmetic's precision, in
-    fp32 and as their gradient.
+    Weights, dense gradients and AdamW's two moments in fp32; beside the gradients, one more of the values, which a
+    memory's backward makes before it is added. Activations are those of one micro-batch: what the blocks keep for
+    backward, one memory's gathered rows, and the logits in the arithmetic's precision, in fp32 and as their gradient.
+    With gradient checkpointing a block keeps its input only, and one block's activations are made again.
     """
     model = model_config(config)
-    num_parameters = cost_card(model).total_parameters
+    card = cost_card(model)
     element_bytes = 2 if config.training.precision == "bf16" else FP32_BYTES
-    block_elements = 12 * model.hidden_size + 4 * model.intermediate_size
-    memory_elements = 0
-    if (memory := model.memory_config) is not None:
-        memory_elements = memory.num_selected * (sum(memory.row_widths(model.hidden_size)) + 8)
-    elements = model.num_hidden_layers * block_elements + len(model.memory_spans) * memory_elements
+    token_bytes = model.vocab_size * (element_bytes + 2 * FP32_BYTES)
     if config.training.gradient_checkpointing:
-        elements = model.num_hidden_layers * model.hidden_size + block_elements + memory_elements
-    logits_bytes = model.vocab_size * (element_bytes + 2 * FP32_BYTES)
+        token_bytes += model.num_hidden_layers * FP32_BYTES * model.hidden_size
+        token_bytes += _block_bytes(model, element_bytes) + _memory_bytes(model)
+    else:
+        token_bytes += saved_bytes_per_token(model, element_bytes)
+    extra_gradient = 0
+    if (memory := model.memory_config) is not None:
+        value_dim, pre_value_dim = memory.row_widths(model.hidden_size)
+        token_bytes += FP32_BYTES * memory.num_selected * max(value_dim, pre_value_dim)
+        extra_gradient = card.table_parameters * value_dim // (value_dim + pre_value_dim)
     num_tokens = config.micro_batch_sequences * config.data.sequence_length_tokens
     return MemoryEstimate(
-        weights_bytes=FP32_BYTES * num_parameters,
-        gradients_bytes=FP32_BYTES * num_parameters,
-        moments_bytes=2 * FP32_BYTES * num_parameters,
-        activations_bytes=num_tokens * (elements * element_bytes + logits_bytes),
+        weights_bytes=FP32_BYTES * card.total_parameters,
+        gradients_bytes=FP32_BYTES * (card.total_parameters + extra_gradient),
+        moments_bytes=2 * FP32_BYTES * card.total_parameters,
+        activations_bytes=num_tokens * token_bytes,
     )
+
+
+def saved_bytes_per_token(model: UltraMemConfig, element_bytes: int) -> int:
+    """What autograd saves in all blocks, roughly; the tests compare it with a count of the saved tensors.
+
+    Args:
+        model: the model's configuration.
+        element_bytes: of the arithmetic's precision: 2 for bf16, 4 for fp32.
+    """
+    blocks = model.num_hidden_layers * _block_bytes(model, element_bytes)
+    return blocks + len(model.memory_spans) * _memory_bytes(model)
+
+
+def _block_bytes(model: UltraMemConfig, element_bytes: int) -> int:
+    """Bytes per token that attention and FFN of a block keep for backward, without its memories.
+
+    Around norms and rotary embedding ten vectors of the hidden width stay in fp32; five more, and four of each inner
+    width, have the arithmetic's precision. A token's experts also keep their inputs and outputs, and the router fp32
+    logits.
+    """
+    hidden_bytes = model.hidden_size * (10 * FP32_BYTES + 5 * element_bytes)
+    ffn = model.ffn_config
+    if not isinstance(ffn, MoEFFNConfig):
+        return hidden_bytes + 4 * model.intermediate_size * element_bytes
+    expert_elements = 4 * ffn.expert_size(model.intermediate_size) + 2 * model.hidden_size
+    router_bytes = 4 * FP32_BYTES * ffn.num_experts
+    return hidden_bytes + ffn.num_experts_per_tok * expert_elements * element_bytes + router_bytes
+
+
+def _memory_bytes(model: UltraMemConfig) -> int:
+    """Bytes per token that a memory keeps for backward.
+
+    The fp32 scores of all keys on both sides, for every head and Tucker rank; per selected slot two indices and its
+    weights for two cores; and about two vectors of the hidden width.
+    """
+    memory = model.memory_config
+    if memory is None:
+        return 0
+    num_scores = 2 * memory.side(len(model.memory_spans)) * memory.num_heads * getattr(memory, "rank", 1)
+    return FP32_BYTES * num_scores + 36 * memory.num_selected + 2 * FP32_BYTES * model.hidden_size
 
 
 def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[str, str]]:
@@ -87,15 +138,17 @@ def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[st
     return [
         ("parameters", f"{card.total_parameters:,}"),
         ("dense parameters", f"{card.dense_parameters:,}"),
+        ("expert parameters", f"{card.expert_parameters:,}"),
         ("table parameters", f"{card.table_parameters:,}"),
         ("active parameters", f"{card.active_parameters:,}"),
         ("FLOPs per token, forward", f"{forward_flops:,.0f}"),
         ("FLOPs per token, training", f"{TRAINING_FLOPS_FACTOR * forward_flops:,.0f}"),
-        ("memory: weights", format_bytes(memory.weights_bytes)),
-        ("memory: gradients", format_bytes(memory.gradients_bytes)),
-        ("memory: optimizer moments", format_bytes(memory.moments_bytes)),
-        ("memory: activations, roughly", format_bytes(memory.activations_bytes)),
-        ("memory: all", format_bytes(memory.total_bytes)),
+        ("FLOPs of the run", f"{TRAINING_FLOPS_FACTOR * forward_flops * num_tokens:.3e}"),
+        ("memory per process: weights", format_bytes(memory.weights_bytes)),
+        ("memory per process: gradients", format_bytes(memory.gradients_bytes)),
+        ("memory per process: optimizer moments", format_bytes(memory.moments_bytes)),
+        ("memory per process: activations, roughly", format_bytes(memory.activations_bytes)),
+        ("memory per process: all", format_bytes(memory.total_bytes)),
         ("tokens", f"{num_tokens:,}{epochs}"),
         ("steps", f"{config.num_steps:,} of {config.global_batch_tokens:,} tokens"),
     ]

@@ -40,14 +40,22 @@ from ultramem.training.checkpoints import (
     remove_leftovers,
 )
 from ultramem.training.config import RunConfig, load_config
+from ultramem.training.scale import scale_config
 from ultramem.training.train_module import UltraMemTrainModule
 
 # Backward costs twice the forward.
 TRAINING_FLOPS_FACTOR = 3
 
 
-def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[RunConfig, DataManifest]:
+def resolve_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), scale: str | None = None
+) -> tuple[RunConfig, DataManifest]:
     """Loads a config and fills what follows from the data folder: vocabulary, special tokens, fingerprint.
+
+    Args:
+        path: the YAML file.
+        overrides: see :func:`ultramem.training.config.load_config`.
+        scale: shrinks the run, see :func:`ultramem.training.scale.scale_config`.
 
     Returns:
         the complete config, and the data folder's manifest.
@@ -58,6 +66,8 @@ def resolve_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
         DataError: the data folder is missing or damaged.
     """
     config = load_config(path, overrides)
+    if scale is not None:
+        config = scale_config(config, model_config(config), scale)
     folder = Path(config.data.folder or "")
     if not folder.exists():
         raise DataError(
