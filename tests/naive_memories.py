@@ -53,9 +53,7 @@ def naive_tucker_slots(layer, x_ND, per_rank=False):
     u, t = retrieval.row_direction.double(), retrieval.col_direction.double()
     found = naive_product_topk(rows, cols, retrieval.cores, u, t, config.top_k, coarse_top_k, config.search)
     heads = config.num_heads
-    return [
-        [pair for head in found[n * heads : (n + 1) * heads] for pair in head.items()] for n in range(len(x_ND))
-    ]
+    return [[pair for head in found[n * heads : (n + 1) * heads] for pair in head.items()] for n in range(len(x_ND))]
 
 
 def naive_tucker_layer(layer, pool, x_ND, found, pre_value, project):

@@ -82,7 +82,9 @@ def test_a_share_without_a_single_row_is_named():
 
 
 def test_whole_numbers_are_fractions_too():
-    config = memory_config(tables="ring", share_ratio=1, output_dropout=0, key_balance_weight=1, tucker_penalty_margin=0)
+    config = memory_config(
+        tables="ring", share_ratio=1, output_dropout=0, key_balance_weight=1, tucker_penalty_margin=0
+    )
     assert config.window_side(3) == 10
 
 

@@ -10,7 +10,15 @@ from ultramem.layers import MemoryPool, RingWindow, UltraMemV2, UltraMemV2Config
 MID = {"num_keys": 40, "key_dim": 48, "value_dim": 48, "pre_value_dim": 40, "top_k": 12}
 MID_SIZE = {"hidden_size": 160, "num_memories": 4, "ffn_ratio": 2.5}
 
-PUBLISHED = {"num_keys": 360, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192, "top_k": 32, "tables": "ring", "share_ratio": 0.5}
+PUBLISHED = {
+    "num_keys": 360,
+    "key_dim": 192,
+    "value_dim": 192,
+    "pre_value_dim": 192,
+    "top_k": 32,
+    "tables": "ring",
+    "share_ratio": 0.5,
+}
 PUBLISHED_SIZE = {"hidden_size": 768, "num_memories": 20, "ffn_ratio": 2496 / 768}
 
 # Enough rows that two slots of a token rarely meet; the published pool of 2.6M would not fit beside other tests.

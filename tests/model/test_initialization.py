@@ -14,7 +14,13 @@ MID = {
     "intermediate_size": 320,
     "num_hidden_layers": 4,
     "memory": {
-        "num_keys": 32, "key_dim": 32, "value_dim": 32, "pre_value_dim": 32, "top_k": 8, "tables": "ring", "share_ratio": 0.6,
+        "num_keys": 32,
+        "key_dim": 32,
+        "value_dim": 32,
+        "pre_value_dim": 32,
+        "top_k": 8,
+        "tables": "ring",
+        "share_ratio": 0.6,
     },
 }
 

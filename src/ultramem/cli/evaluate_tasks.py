@@ -60,7 +60,7 @@ def _print(heading: str, report: HarnessReport) -> None:
 
     console = Console()
     table = Table(title=heading, box=SIMPLE, pad_edge=False)
-    for name in ("task", "metric", "value ± standard error", "questions", "shots"):
+    for name in ("task", "metric", "value ± stderr", "n", "shots"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for score in report.headline():
         shots = "–" if score.num_fewshot is None else str(score.num_fewshot)

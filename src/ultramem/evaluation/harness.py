@@ -27,6 +27,7 @@ _PYTHON_SEED, _OTHER_SEED = 0, 1234
 _NUM_BOOTSTRAP_SAMPLES = 100_000
 
 _NO_FILTER = "none"
+_DEFINITION_ENDINGS = (".yaml", ".yml")
 _KEPT_SECTIONS = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
@@ -37,10 +38,12 @@ class LoadedTasks:
     Attributes:
         names: what was asked for: tasks, groups, tags and files, patterns resolved.
         loaded: lm-eval's "tasks", "groups" and "group_map".
+        num_fewshot: examples before each question that the definitions ask for; None where they do not say.
     """
 
     names: tuple[str, ...]
     loaded: dict[str, Any]
+    num_fewshot: dict[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,11 @@ def load_tasks(names: Sequence[str]) -> LoadedTasks:
     found = list(dict.fromkeys(name for given in names for name in _resolve(given)))
     if set(found) & set(offline_task_names()):
         offline_data_folder()  # shows its progress, which lm-eval's loading would hide
-    only_offline = set(found) <= set(offline_task_names())
+    # Reading lm-eval's own definitions takes seconds.
+    manager = _task_manager(with_published=not all(_is_local(name) for name in found))
     with _as_lm_eval_does():
         try:
-            loaded = _task_manager(with_published=not only_offline).load(found)
+            loaded = manager.load(found)
         except UltraMemError:
             raise
         # The data set library, the hub and the tasks' own code raise what they like.
@@ -135,7 +139,8 @@ def load_tasks(names: Sequence[str]) -> LoadedTasks:
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"the task {name} runs code that the model writes or shows it images: leave it out.")
-    return LoadedTasks(tuple(found), dict(loaded))
+    num_fewshot = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
+    return LoadedTasks(tuple(found), dict(loaded), num_fewshot)
 
 
 def run_tasks(
@@ -180,8 +185,9 @@ def run_tasks(
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ConfigError(f"{name} {value} must be at least {least}.")
-    for task in tasks.loaded["tasks"].values():
-        _set_fewshot(task, num_fewshot)
+    for name, task in tasks.loaded["tasks"].items():
+        of_task = tasks.num_fewshot[name]
+        _set_fewshot(task, of_task or 0 if num_fewshot is None or of_task == 0 else num_fewshot)
     with evaluating(model), _as_lm_eval_does(), torch.no_grad():
         harness_model = HarnessModel(model, tokenizer, batch_size=batch_size, dtype=dtype, progress=progress)
         raw = evaluate(
@@ -225,15 +231,10 @@ def evaluate_tasks(
 
 def _resolve(name: str) -> list[str]:
     """The names that a pattern stands for; a file's path is its own name."""
-    from ultramem.evaluation.offline_tasks import offline_task_names
-
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise ConfigError(f"there is no task definition '{name}'. {_allowed()}")
+    if name.endswith(_DEFINITION_ENDINGS) and not Path(name).is_file():
+        raise ConfigError(f"there is no task definition '{name}'. {_allowed()}")
+    if _is_local(name):
         return [name]
-    if name in offline_task_names():
-        return [name]
-    # Reading lm-eval's own definitions takes a while.
     for with_published in (False, True):
         if found := _task_manager(with_published).match_tasks([name]):
             return found
@@ -241,6 +242,13 @@ def _resolve(name: str) -> list[str]:
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ConfigError(f"unknown task '{name}': {hint}{_allowed()}")
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name that `_resolve` gave is an offline task or the path of a definition."""
+    from ultramem.evaluation.offline_tasks import offline_task_names
+
+    return name.endswith(_DEFINITION_ENDINGS) or name in offline_task_names()
 
 
 def _allowed() -> str:
@@ -266,24 +274,20 @@ def _task_manager(with_published: bool) -> "TaskManager":
     return TaskManager(include_path=TASKS_FOLDER, include_defaults=with_published)
 
 
-def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """Set a task's number of examples by lm-eval's rules, and the seed by which they are drawn.
+def _set_fewshot(task: Any, num_fewshot: int) -> None:
+    """Set a task's number of examples, and the seed by which they are drawn.
 
     Raises:
         ConfigError: the task has too few examples.
     """
-    of_task = task.get_config("num_fewshot")
-    if num_fewshot is not None and of_task != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif of_task is None:
-        task.set_config(key="num_fewshot", value=0)
+    task.set_config(key="num_fewshot", value=num_fewshot)
     task.set_fewshot_seed(seed=_OTHER_SEED)
-    wanted, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
-    if sampler is not None and wanted > 0:
+    sampler = getattr(task, "sampler", None)
+    if sampler is not None and num_fewshot > 0:
         # A question is no example for itself.
         num_examples = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
-        if wanted > num_examples:
-            raise ConfigError(f"the task {task.task_name} has {num_examples} examples, {wanted} cannot be given.")
+        if num_fewshot > num_examples:
+            raise ConfigError(f"the task {task.task_name} has {num_examples} examples, {num_fewshot} cannot be given.")
 
 
 def _without_absent(numbers: dict[str, Any]) -> dict[str, Any]:
