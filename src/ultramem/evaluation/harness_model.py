@@ -75,7 +75,12 @@ class HarnessModel(HFLM):
         disable_tqdm: bool = True,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation:
+                raise DataError(
+                    f"the tokenizer makes no token of its own out of {texts[1]!r} behind its context, so that there is "
+                    f"nothing to score. Leave that task out, or evaluate a model whose tokenizer splits text at blanks."
+                )
             if len(continuation) > self.max_length:
                 raise DataError(
                     f"a text to be scored has {len(continuation)} tokens, more than the {self.max_length} positions of "

@@ -178,12 +178,6 @@ class RunConfig(Config):
                 f"'training.micro_batch_sequences' ({self.micro_batch_sequences}) must divide "
                 f"'training.global_batch_sequences' ({self.training.global_batch_sequences})"
             )
-        for name, folder in self.validation.sets.items():
-            if not isinstance(name, str) or not isinstance(folder, str):
-                raise ConfigError(
-                    f"'validation.sets' gives a data folder by name, as in 'validation.sets.wiki=data/wiki'; got "
-                    f"{name!r}: {folder!r}"
-                )
         if self.training.table_gradients == "rows":
             raise ConfigError(
                 "'training.table_gradients: rows' needs the row-wise table optimizer, which this version does not "
