@@ -16,8 +16,8 @@ def snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_there_are_two_snippets(snippets):
-    assert len(snippets) == 2
+def test_there_are_three_snippets(snippets):
+    assert len(snippets) == 3
 
 
 def test_no_placeholder_is_left():
@@ -41,3 +41,10 @@ def test_loading_a_checkpoint_and_generating(snippets, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     exec(compile(snippets[1], "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("The capital of")
+
+
+def test_attaching_memories(snippets):
+    names = {}
+    exec(compile(snippets[2], "README.md", "exec"), names)
+    assert names["adapter"].blocks == [1, 3]
+    assert names["llama"].memory_adapter is names["adapter"]

@@ -1,10 +1,10 @@
-"""The settings of UltraMemV2: what they refuse and how they say it, derived sizes by hand."""
+"""The settings of the memories: what they refuse and how they say it, derived sizes by hand."""
 
 import pytest
 
-from tiny_memories import HIDDEN_SIZE, memory_config
+from tiny_memories import HIDDEN_SIZE, decoder_config, memory_config
 from ultramem.errors import ConfigError
-from ultramem.layers import UltraMemV2Config
+from ultramem.layers import MEMORY_TYPES, UltraMemV2Config
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,54 @@ def test_values_outside_what_is_allowed_are_named(changes, text):
 def test_sizes_that_do_not_fit_together_are_named(changes, text):
     with pytest.raises(ConfigError, match=text):
         memory_config(**changes).check_sizes(3)
+
+
+@pytest.mark.parametrize("kind", MEMORY_TYPES)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"share_ratio": 0.5, "tables": "private"}, r"share_ratio belongs to memory\.tables: ring.* 0\.5 .*'private'"),
+        ({"share_ratio": 0.5, "tables": "shared"}, r"share_ratio belongs to memory\.tables: ring.* 0\.5 .*'shared'"),
+        ({"tables": "ring"}, r"memory\.tables: ring, which needs it; got share_ratio None with tables 'ring'"),
+        ({"num_heads": 0}, r"memory\.num_heads must be at least 1; got 0"),
+    ],
+    ids=str,
+)
+def test_what_no_memory_takes_is_named(kind, changes, text):
+    with pytest.raises(ConfigError, match=text):
+        memory_config(kind, **changes)
+
+
+@pytest.mark.parametrize("kind", MEMORY_TYPES)
+def test_more_slots_than_a_memory_has_are_refused(kind):
+    with pytest.raises(ConfigError, match=r"memory\.top_k must lie between 1 and the .* slots of a layer; got 10000"):
+        memory_config(kind, top_k=10_000).check_sizes(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "text"),
+    [
+        ("ultramem", {"query_conv": -1}, r"memory\.query_conv must not be negative; got -1"),
+        ("ultramem", {"value_dim": 13}, r"memory\.value_dim \(13\) must be a multiple of memory\.num_cores \(2\)"),
+        ("ultramem", {"top_k": 5, "coarse_top_k": 2}, r"memory: top_k must lie between 1 and 4, .*coarse_top_k 2"),
+        ("memory_plus", {"value_dim": 0}, r"memory\.value_dim must be at least 1; got 0"),
+        ("pkm", {"value_dim": 0}, r"memory\.value_dim must be at least 1; got 0"),
+    ],
+    ids=str,
+)
+def test_what_single_types_refuse_is_named(kind, changes, text):
+    with pytest.raises(ConfigError, match=text):
+        memory_config(kind, **changes).check_sizes(3)
+
+
+def test_values_of_another_width_need_an_output_projection():
+    config = memory_config("pkm", value_dim=9, output_proj=False)
+    text = r"memory\.output_proj: false needs memory\.value_dim to be the model's width 14; got 9"
+    with pytest.raises(ConfigError, match=text):
+        MEMORY_TYPES["pkm"].layer(HIDDEN_SIZE, config)
+    with pytest.raises(ConfigError, match=r"needs memory\.value_dim to be the model's width 32; got 9"):
+        decoder_config(memory={"type": "pkm", "value_dim": 9, "output_proj": False})
+    assert MEMORY_TYPES["pkm"].layer(9, config).out_proj is None
 
 
 def test_a_share_of_one_over_any_number_of_layers_is_allowed():

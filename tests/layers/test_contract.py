@@ -129,9 +129,7 @@ def test_only_rows_of_the_window_get_a_gradient(changes):
         assert torch.isin(touched, window).all()
 
 
-@variants
-def test_gradients_are_those_of_finite_differences(changes):
-    whole = WithPool(*memory_layer(**changes)).eval()
+def assert_gradients_are_those_of_finite_differences(whole):
     names, values = zip(*whole.named_parameters(), strict=True)
 
     def outputs(x, *values):
@@ -139,6 +137,17 @@ def test_gradients_are_those_of_finite_differences(changes):
         return result.output, *result.losses.values()
 
     assert torch.autograd.gradcheck(outputs, (tokens(3).requires_grad_(), *values), fast_mode=True)
+
+
+@variants
+def test_gradients_are_those_of_finite_differences(changes):
+    assert_gradients_are_those_of_finite_differences(WithPool(*memory_layer(**changes)).eval())
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
+def test_gradients_pass_through_the_batchs_statistics(kind):
+    layer, pool = memory_layer(type=kind, query_norm="batch", key_norm=True)
+    assert_gradients_are_those_of_finite_differences(WithPool(layer, pool).train())
 
 
 @variants

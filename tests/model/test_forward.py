@@ -45,13 +45,14 @@ def handwritten(model, input_ids):
     """Hidden states before the first block and after every block, the last one normed; memories by their spans."""
     decoder, spans = model.model, model.config.memory_spans
     x = decoder.embed_tokens.weight[input_ids]
-    states, results = [x], {}
+    states, results, starts = [x], {}, {span.start for span in spans}
     for index, block in enumerate(decoder.layers):
         x = x + attend(block.self_attn, norm(block.input_layernorm, x))
         h = norm(block.post_attention_layernorm, x)
-        mlp = block.mlp
-        gate = h @ mlp.gate_proj.weight.T
-        x = x + (gate * gate.sigmoid() * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+        if not (model.config.memory and model.config.memory["position"] == "replace" and index in starts):
+            mlp = block.mlp
+            gate = h @ mlp.gate_proj.weight.T
+            x = x + (gate * gate.sigmoid() * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
         for number, span in enumerate(spans):
             if span.start == index:
                 results[number] = decoder.memories[number](h, decoder.memory_pool).output
@@ -261,13 +262,14 @@ def test_every_parameter_gets_a_gradient(settings):
         assert parameter.grad.abs().sum() > 0, name
 
 
+COMPILED_SLOWLY = ["spans", "untied", "replace", "ultramem", "memory_plus", "pkm", "peer"]
 TWO_BLOCKS = {"num_hidden_layers": 2, "memory": {"placement": "0:1/1:1", "key_balance_weight": 0.1}}
 
 
 @pytest.mark.parametrize(
     "settings",
-    [TWO_BLOCKS, *[pytest.param(DECODERS[name], marks=pytest.mark.slow) for name in ("spans", "untied")]],
-    ids=["two_blocks", "spans", "untied"],
+    [TWO_BLOCKS, *[pytest.param(DECODERS[name], marks=pytest.mark.slow) for name in COMPILED_SLOWLY]],
+    ids=["two_blocks", *COMPILED_SLOWLY],
 )
 def test_compiles_without_a_graph_break(settings, fresh_compiler):
     model = decoder(**settings)
@@ -279,6 +281,15 @@ def test_compiles_without_a_graph_break(settings, fresh_compiler):
     gradients = zip(*(torch.autograd.grad(result.loss, parameters) for result in (output, expected)), strict=True)
     for ours, theirs in gradients:
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("memory", [{}, {"type": "ultramem", "query_conv": 2}], ids=["keys_values", "convolution"])
+def test_compiles_with_the_cache_that_it_makes(memory, fresh_compiler):
+    model, input_ids = decoder(num_hidden_layers=1, memory=memory), token_ids(2, 6)
+    expected = model(input_ids)
+    outputs = torch.compile(model, fullgraph=True, backend="eager")(input_ids)
+    assert_close(outputs.logits, expected.logits)
+    assert outputs.past_key_values.get_seq_length() == 6
 
 
 @pytest.mark.slow

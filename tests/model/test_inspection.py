@@ -23,9 +23,9 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("shard_size", ["16KB", "5GB"])
-@pytest.mark.parametrize("settings", DECODERS.values(), ids=DECODERS)
-def test_a_saved_model_is_what_it_says(settings, shard_size, tmp_path):
-    model = decoder(torch.bfloat16, **settings)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_saved_model_is_what_it_says(name, shard_size, tmp_path):
+    model = decoder(torch.bfloat16, **DECODERS[name])
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     config = load_config(tmp_path)
     assert config.memory == model.config.memory
@@ -35,7 +35,9 @@ def test_a_saved_model_is_what_it_says(settings, shard_size, tmp_path):
     assert (len(files) > 1) == (shard_size == "16KB")
     assert summary.num_bytes == sum(file.stat().st_size for file in files)
     assert summary.num_tensors == len(model.state_dict()) - model.config.tie_word_embeddings
-    assert summary.dtypes == (("BF16", "F32", "I32") if model.config.memory else ("BF16",))
+    buffers = {"F32" if buffer.is_floating_point() else "I32" for buffer in model.model.layers.buffers()}
+    assert set(summary.dtypes) == {"BF16", *buffers}
+    assert buffers == {"every": {"F32", "I32"}, "pkm": {"F32"}, "dense": set()}.get(name, buffers)
 
 
 @pytest.mark.parametrize(

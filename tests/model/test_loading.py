@@ -23,8 +23,11 @@ def trained_looking(dtype=torch.float32, **settings):
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
                 tensor.add_(0.01 * torch.randn_like(tensor))
-        for memory in model.model.memories:
-            memory.permutation.copy_(memory.permutation.roll(5))
+        for name, buffer in model.named_buffers():
+            if "permutation" in name:
+                buffer.copy_(buffer.roll(5))
+            elif "query_variance" in name:
+                buffer.abs_()
     # Made from the configuration, not saved.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model
@@ -131,26 +134,62 @@ def test_the_file_decides_over_the_seed_in_the_configuration(tmp_path):
     assert_same_tensors(UltraMemForCausalLM.from_pretrained(tmp_path), model)
 
 
-MISSING = [
-    "model.embed_tokens.weight",
-    "model.norm.weight",
-    "model.layers.1.self_attn.o_proj.weight",
-    "model.layers.1.mlp.down_proj.weight",
-    "model.layers.1.memories.0.permutation",
-    "model.layers.1.memories.0.out_proj.weight",
-    "model.layers.1.memories.0.pre_proj.weight",
-    "model.layers.1.memories.0.retrieval.query_proj.weight",
-    "model.layers.1.memories.0.retrieval.query_norm",
-    "model.layers.1.memories.0.retrieval.keys",
-    "model.layers.1.memories.0.retrieval.cores",
-    "model.memory_pool.values",
-    "model.memory_pool.pre_values",
-]
+MISSING = {
+    "every": [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.memories.0.permutation",
+        "model.layers.1.memories.0.out_proj.weight",
+        "model.layers.1.memories.0.pre_proj.weight",
+        "model.layers.1.memories.0.retrieval.query_proj.weight",
+        "model.layers.1.memories.0.retrieval.query_norm",
+        "model.layers.1.memories.0.retrieval.keys",
+        "model.layers.1.memories.0.retrieval.cores",
+        "model.memory_pool.values",
+        "model.memory_pool.pre_values",
+    ],
+    "ultramem": [
+        "model.layers.1.memories.0.permutation",
+        "model.layers.1.memories.0.out_proj.weight",
+        "model.layers.1.memories.0.query_conv.weight",
+        "model.layers.1.memories.0.retrieval.key_norm",
+        "model.layers.1.memories.0.retrieval.cores",
+        "model.memory_pool.values",
+    ],
+    "memory_plus": [
+        "model.layers.2.memories.0.gate_proj.weight",
+        "model.layers.2.memories.0.gate_proj.bias",
+        "model.layers.2.memories.0.out_proj.weight",
+        "model.layers.2.memories.0.out_proj.bias",
+        "model.layers.2.memories.0.retrieval.keys",
+        "model.memory_pool.values",
+    ],
+    "pkm": [
+        "model.layers.1.memories.0.out_proj.weight",
+        "model.layers.1.memories.0.out_proj.bias",
+        "model.layers.1.memories.0.retrieval.query_proj.weight",
+        "model.layers.1.memories.0.retrieval.query_proj.bias",
+        "model.layers.1.memories.0.retrieval.query_norm",
+        "model.layers.1.memories.0.retrieval.query_shift",
+        "model.layers.1.memories.0.retrieval.query_mean",
+        "model.layers.1.memories.0.retrieval.query_variance",
+    ],
+    "peer": [
+        "model.layers.1.memories.0.retrieval.query_proj.weight",
+        "model.layers.1.memories.0.retrieval.keys",
+        "model.memory_pool.values",
+        "model.memory_pool.pre_values",
+    ],
+}
+# What starts as one number; the gains of Tucker retrievals are simulated.
+CONSTANTS = {"bias": 0.0, "query_shift": 0.0, "query_mean": 0.0, "query_variance": 1.0, "norm.weight": 1.0}
 
 
-@pytest.mark.parametrize("name", MISSING)
-def test_only_a_missing_tensor_is_drawn(name, tmp_path):
-    model = trained_looking()
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in MISSING for name in MISSING[kind]])
+def test_only_a_missing_tensor_is_drawn(kind, name, tmp_path):
+    model = trained_looking(**DECODERS[kind])
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -163,8 +202,15 @@ def test_only_a_missing_tensor_is_drawn(name, tmp_path):
     drawn, saved = loaded.state_dict()[name], model.state_dict()[name]
     assert not torch.equal(drawn, saved)
     assert drawn.float().isfinite().all()
-    if drawn.is_floating_point() and drawn.numel() > 50:
-        scale = OUTPUT_SCALE if "o_proj" in name or "down_proj" in name or "out_proj" in name else 1
+    constants = CONSTANTS | ({"query_norm": 1.0} if kind == "pkm" else {})
+    constant = [value for end, value in constants.items() if name.endswith(end)]
+    if constant:
+        assert (drawn == constant[0]).all()
+    elif "query_conv" in name:
+        assert (drawn == torch.tensor([0.0, 0.0, 1.0])).all()
+    elif drawn.is_floating_point() and drawn.numel() > 50:
+        scaled = ("o_proj", "down_proj", "out_proj", "memory_pool.values" if kind == "peer" else "out_proj")
+        scale = OUTPUT_SCALE if any(part in name for part in scaled) else 1
         assert drawn.std().item() * scale == pytest.approx(saved.std().item(), rel=0.35)
     if "permutation" in name:
         assert drawn.sort().values.tolist() == list(range(len(drawn)))

@@ -41,6 +41,26 @@ def test_every_kind_of_parameter_has_its_role():
     assert [name for name, role in roles.items() if role == "table"] == list(expected)[-2:]
 
 
+def test_parameters_that_only_some_memories_have():
+    memory = "model.layers.0.memories.0"
+    pkm = parameter_roles(decoder(memory={"type": "pkm", "query_norm": "batch", "key_norm": True, "output_proj": True}))
+    assert {name.removeprefix(f"{memory}.") for name in pkm if name.startswith(memory)} == {
+        "out_proj.weight", "out_proj.bias", "retrieval.query_proj.weight", "retrieval.query_proj.bias",
+        "retrieval.query_norm", "retrieval.query_shift", "retrieval.key_norm", "retrieval.keys",
+    }  # fmt: skip
+    for name in ("query_norm", "query_shift", "key_norm", "query_proj.bias"):
+        assert pkm[f"{memory}.retrieval.{name}"] == "norm"
+    assert pkm[f"{memory}.out_proj.bias"] == "norm"
+    assert pkm[f"{memory}.retrieval.keys"] == "key"
+    memory_plus = parameter_roles(decoder(memory={"type": "memory_plus"}))
+    assert memory_plus[f"{memory}.gate_proj.weight"] == "matrix"
+    assert memory_plus[f"{memory}.gate_proj.bias"] == "norm"
+    peer = parameter_roles(decoder(memory={"type": "peer"}))
+    assert [name for name, role in peer.items() if role == "table"] == [
+        "model.memory_pool.values", "model.memory_pool.pre_values",
+    ]  # fmt: skip
+
+
 def test_a_tied_matrix_is_an_embedding_once():
     roles = parameter_roles(decoder())
     assert roles["model.embed_tokens.weight"] == "embedding"

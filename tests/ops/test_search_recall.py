@@ -1,4 +1,4 @@
-"""The recall of the searches at random initialisation: the figures of docs/ultramem_v2.md."""
+"""The recall of the searches at random initialisation: the figures of docs/layers/ultramem_v2.md."""
 
 import pytest
 import torch

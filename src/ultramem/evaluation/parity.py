@@ -1,14 +1,15 @@
 """Parity with published implementations: their fixtures rebuilt as our layers, run, and compared number by number."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultramem.errors import CheckpointError, ConfigError
-from ultramem.evaluation.released import RELEASED_LAYERS, ReleasedLayer, build, gradients, places
+from ultramem.evaluation.released import OPTIONAL_TENSORS, RELEASED_LAYERS, ReleasedLayer, build, gradients, places
 from ultramem.layers import MemoryLayer, MemoryPool
 from ultramem.layers.retrieval import Retrieved
 from ultramem.layers.tucker_memory import TuckerMemory
@@ -72,25 +73,27 @@ def check_fixture(path: Path) -> ParityReport:
 
 
 def _load(released: ReleasedLayer, layer: MemoryLayer, pool: MemoryPool, tensors: dict[str, Tensor]) -> set[str]:
-    """Fill the layer and its pool; returns the published names of what was filled."""
-    targets, filled = places(released, layer, pool), set()
+    """Give layer and pool memory and fill them, absent gains with one; returns the published names of what was held."""
+    weights: dict[str, Tensor] = {}
+    shapes = {name: list(target.shape) for name, target in places(released, layer, pool).items()}
+    for name, value in tensors.items():
+        kind, _, published = name.partition(".")
+        if kind not in ("param", "buffer"):
+            continue
+        shape = shapes.get(published)
+        if shape is None:
+            raise ValueError(f"it holds {name}, which the layer that its header describes does not have.")
+        if value.numel() != math.prod(shape):
+            raise ValueError(f"{name} has shape {list(value.shape)}, its header asks for {shape}.")
+        weights[published] = value
+    if missing := sorted(shapes.keys() - weights.keys() - OPTIONAL_TENSORS):
+        raise ValueError(f"it lacks the weights {', '.join(missing)} of the layer that its header describes.")
+    layer.to_empty(device="cpu")
+    pool.to_empty(device="cpu")
     with torch.no_grad():
-        if isinstance(layer, TuckerMemory):
-            # A fixture without affine norms has no gains: they are one.
-            nn.init.ones_(layer.retrieval.query_norm)
-            nn.init.ones_(layer.retrieval.key_norm)
-        for name, value in tensors.items():
-            kind, _, published = name.partition(".")
-            if kind not in ("param", "buffer"):
-                continue
-            target = targets.get(published)
-            if target is None:
-                raise ValueError(f"it holds {name}, which the layer that its header describes does not have.")
-            if value.numel() != target.numel():
-                raise ValueError(f"{name} has shape {list(value.shape)}, its header asks for {list(target.shape)}.")
-            target.copy_(value.view(target.shape))
-            filled.add(published)
-    return filled
+        for published, target in places(released, layer, pool).items():
+            target.copy_(weights[published].view(target.shape) if published in weights else torch.ones(()))
+    return set(weights)
 
 
 def _check(path: Path, name: str, header: dict[str, str], tensors: dict[str, Tensor]) -> ParityReport:

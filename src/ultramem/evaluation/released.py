@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool
@@ -21,18 +22,28 @@ _TUCKER_TENSORS = {
     "values_for_look_up": "values",
     "pre_values_for_look_up": "pre_values",
 }
+# torch counts elements in 64 bits.
+_MOST_ELEMENTS = 1 << 60
+
+# A fixture whose norms have no gains holds none.
+OPTIONAL_TENSORS = {"query_norm.weight", "keys_norm.weight"}
 _PRODUCT_KEY_TENSORS = {
     "keys": "retrieval.keys",
     "query_proj.query_mlps.0.weight": "retrieval.query_proj.weight",
     "query_proj.query_mlps.0.bias": "retrieval.query_proj.bias",
+}
+_PKM_TENSORS = {
+    **_PRODUCT_KEY_TENSORS,
     "value_proj.weight": "out_proj.weight",
     "value_proj.bias": "out_proj.bias",
+    "values.weight": "values",
+}
+_MEMORY_PLUS_TENSORS = {
+    **_PKM_TENSORS,
     "swilu_projection.weight": "gate_proj.weight",
     "swilu_projection.bias": "gate_proj.bias",
-    "values.weight": "values",
-    "values_u.weight": "pre_values",
-    "values_v.weight": "values",
 }
+_PEER_TENSORS = {**_PRODUCT_KEY_TENSORS, "values_u.weight": "pre_values", "values_v.weight": "values"}
 
 
 class ReleasedLayer(NamedTuple):
@@ -113,14 +124,16 @@ _PRODUCT_KEY_OUTPUTS = ("dim", "indices", "raw_scores")
 RELEASED_LAYERS: dict[str, ReleasedLayer] = {
     "ultramem_v2": ReleasedLayer("ultramem_v2", _TUCKER_TENSORS, _ultramem_v2_settings, *_TUCKER_OUTPUTS),
     "ultramem_v1": ReleasedLayer("ultramem", _TUCKER_TENSORS, _ultramem_settings, *_TUCKER_OUTPUTS),
-    "memory_plus": ReleasedLayer("memory_plus", _PRODUCT_KEY_TENSORS, _value_settings, *_PRODUCT_KEY_OUTPUTS),
-    "pkm": ReleasedLayer("pkm", _PRODUCT_KEY_TENSORS, _value_settings, *_PRODUCT_KEY_OUTPUTS),
-    "peer": ReleasedLayer("peer", _PRODUCT_KEY_TENSORS, _product_key_settings, *_PRODUCT_KEY_OUTPUTS),
+    "memory_plus": ReleasedLayer("memory_plus", _MEMORY_PLUS_TENSORS, _value_settings, *_PRODUCT_KEY_OUTPUTS),
+    "pkm": ReleasedLayer("pkm", _PKM_TENSORS, _value_settings, *_PRODUCT_KEY_OUTPUTS),
+    "peer": ReleasedLayer("peer", _PEER_TENSORS, _product_key_settings, *_PRODUCT_KEY_OUTPUTS),
 }
 
 
 def build(released: ReleasedLayer, header: Mapping[str, str]) -> tuple[MemoryLayer, MemoryPool, list[str]]:
     """Our layer and pool for a fixture's header, in evaluation mode, and where the header describes others.
+
+    Both are on the meta device: a header may ask for more than there is memory.
 
     Raises:
         KeyError: the header lacks a setting.
@@ -129,8 +142,17 @@ def build(released: ReleasedLayer, header: Mapping[str, str]) -> tuple[MemoryLay
     kind = MEMORY_TYPES[released.memory_type]
     config = kind.config(**released.settings(header))
     hidden_size, num_memories = int(header[released.hidden_size]), int(header.get("mem_layer_num", 1))
-    pool = kind.layer.make_pool(hidden_size, config, num_memories)
-    layer = kind.layer(hidden_size, config, num_memories, int(header.get("layer_id", 0))).eval()
+    index = int(header.get("layer_id", 0))
+    if hidden_size < 1 or not 0 <= index < num_memories:
+        raise ValueError(f"its header describes layer {index} of {num_memories} layers of width {hidden_size}.")
+    num_elements = config.dense_parameters(hidden_size, num_memories) + config.table_parameters(
+        hidden_size, num_memories
+    )
+    if num_elements > _MOST_ELEMENTS:
+        raise ValueError(f"its header describes a layer of {num_elements} numbers, which no computer holds.")
+    with torch.device("meta"):
+        pool = kind.layer.make_pool(hidden_size, config, num_memories)
+        layer = kind.layer(hidden_size, config, num_memories, index).eval()
     ours = {
         "rows_total": layer.window.num_rows,
         "rows_window": layer.window.size,

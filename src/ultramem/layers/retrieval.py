@@ -59,7 +59,8 @@ class Retrieved(NamedTuple):
 
 class _Retrieval(nn.Module):
     """Buffers stay fp32 whatever the model is cast to: rounded directions would select other slots, and a running mean
-    in bf16 would stand still."""
+    in bf16 would stand still.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Retrieval":
         before = dict(self.named_buffers(recurse=False))

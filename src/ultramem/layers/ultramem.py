@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.tucker_memory import TuckerMemory, TuckerMemoryConfig
 
 
@@ -77,10 +78,10 @@ class UltraMem(TuckerMemory):
         if self.permutation.is_meta:
             return
         config = self.config
-        if self.query_conv is not None:
+        if self.query_conv is not None and not is_loaded(self.query_conv.weight):
             # The present token alone: at the start the convolution changes nothing.
-            init.zeros_(self.query_conv.weight)
-            init.ones_(self.query_conv.weight[:, :, -1])
+            nn.init.zeros_(self.query_conv.weight)
+            nn.init.ones_(self.query_conv.weight[:, :, -1])
         gain = None if config.init == "paper" else config.key_dim**-0.33
         init.normal_(self.out_proj.weight, std=config.pooled_dim**-0.5)
         self.reset_retrieval(config.key_dim**-0.5, gain)

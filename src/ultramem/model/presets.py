@@ -135,7 +135,7 @@ def _family(
         memories: by type, the inner width of the FFN and the memory's settings.
     """
     moe = {"type": "moe", "num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": expert_size}
-    members = {
+    members: dict[str, Settings] = {
         "dense": {"intermediate_size": dense_size, "memory": None},
         "moe": {"intermediate_size": 8 * expert_size, "memory": None, "ffn": moe},
     }
