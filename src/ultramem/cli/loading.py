@@ -1,4 +1,4 @@
-"""What the verbs that take a checkpoint share: finding it, loading it, saying which it is."""
+"""What the verbs that take a checkpoint share: finding it, loading it, saying which it is, showing progress."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -19,6 +20,21 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What PyTorch calls it."""
+        import torch
+
+        return torch.float32 if self is Precision.fp32 else torch.bfloat16
+
+
+def progress_bars() -> Progress:
+    """Bars on stderr that go when they are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
 
 
 def find_model_folder(checkpoint: Path) -> Path:

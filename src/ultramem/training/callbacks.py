@@ -22,12 +22,18 @@ from ultramem.evaluation.perplexity import PerplexityResult
 from ultramem.files import staged_file
 
 VALIDATION_LOSS_METRIC = "validation/CE loss"
+_VALIDATION_PREFIX, _TASK_PREFIX = "validation/", "tasks/"
 SPEED_METRIC = "throughput/tokens per second"
 
 
 def is_due(step: int, interval_steps: int | None, last_step: int | None) -> bool:
     """Whether something that happens every n steps, and at the last one, happens after this step."""
     return interval_steps is not None and (step % interval_steps == 0 or step == last_step)
+
+
+def holds_validation(metrics: dict[str, float]) -> bool:
+    """Whether a step's metrics are to be kept because the model was validated after it."""
+    return any(name.startswith((_VALIDATION_PREFIX, _TASK_PREFIX)) for name in metrics)
 
 
 @dataclass
@@ -75,20 +81,37 @@ class MemoryStatistics(Callback):
 
 @dataclass
 class Validation(Callback):
-    """Loss and bits per byte on the validation split."""
+    """Loss and bits per byte on a validation split."""
 
     priority: ClassVar[int] = 2
     interval_steps: int | None = None
     measure: Callable[[], PerplexityResult] | None = None
+    set_name: str | None = None  # None: the run's own data
 
     def post_train_batch(self) -> None:
         """Measures every ``interval_steps`` and at the end of the run; every process measures the whole split."""
         if self.measure is None or not is_due(self.step, self.interval_steps, self.trainer.max_steps):
             return
         result = self.measure()
-        self.trainer.record_metric(VALIDATION_LOSS_METRIC, result.loss)
+        infix = "" if self.set_name is None else f"{self.set_name}/"
+        self.trainer.record_metric(f"{_VALIDATION_PREFIX}{infix}CE loss", result.loss)
         if result.bits_per_byte is not None:
-            self.trainer.record_metric("validation/bits per byte", result.bits_per_byte)
+            self.trainer.record_metric(f"{_VALIDATION_PREFIX}{infix}bits per byte", result.bits_per_byte)
+
+
+@dataclass
+class TaskScores(Callback):
+    """Scores on tasks, "task/metric" each."""
+
+    priority: ClassVar[int] = 2
+    interval_steps: int | None = None
+    measure: Callable[[], dict[str, float]] | None = None
+
+    def post_train_batch(self) -> None:
+        """Asks every ``interval_steps`` and at the end of the run; every process asks all."""
+        if self.measure is not None and is_due(self.step, self.interval_steps, self.trainer.max_steps):
+            for name, value in self.measure().items():
+                self.trainer.record_metric(f"{_TASK_PREFIX}{name}", value)
 
 
 @dataclass
@@ -114,11 +137,11 @@ class MetricsFile(Callback):
             return False
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the step's line if it is due, the first or last step, or holds a validation loss."""
+        """Writes the step's line if it is due, the first or last step, or holds a validation's results."""
         # OLMo-core hands over the duration of loading a checkpoint as a second set of metrics for the resumed step.
         metrics = {name: value for name, value in metrics.items() if not name.startswith("checkpoint/")}
         due = step == 1 or is_due(step, self.interval_steps, self.trainer.max_steps)
-        if get_rank() == 0 and metrics and (due or VALIDATION_LOSS_METRIC in metrics):
+        if get_rank() == 0 and metrics and (due or holds_validation(metrics)):
             with Path(self.path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -138,9 +161,9 @@ class TensorBoard(Callback):
             self._writer = SummaryWriter(self.folder, purge_step=self.step + 1)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the step if it is due, the first or last step, or holds a validation loss."""
+        """Writes the step if it is due, the first or last step, or holds a validation's results."""
         due = step == 1 or is_due(step, self.interval_steps, self.trainer.max_steps)
-        if get_rank() == 0 and (due or VALIDATION_LOSS_METRIC in metrics):
+        if get_rank() == 0 and (due or holds_validation(metrics)):
             for name, value in metrics.items():
                 self._writer.add_scalar(name.replace(" ", "_"), value, step)
 

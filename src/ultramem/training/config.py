@@ -84,10 +84,17 @@ class TrainingSection(Config):
 
 @dataclass
 class ValidationSection(Config):
-    """Loss on the validation split, every n steps and at the end."""
+    """Loss on the validation split and on that of further data folders, scores on tasks: every n steps and at the end.
+
+    Tasks are those of ``ultramem eval --tasks``.
+    """
 
     interval_steps: int | None = 500  # None: never
-    tokens: int | None = None  # None: the whole split
+    tokens: int | None = None  # of each set; None: the whole split
+    sets: dict[str, str] = field(default_factory=dict)  # name → data folder
+    tasks: list[str] = field(default_factory=list)
+    task_limit: int | None = None  # questions of each task; None: all
+    tasks_interval_steps: int | None = 1000  # None: never
 
 
 @dataclass
@@ -182,7 +189,7 @@ def _check_ranges(config: RunConfig) -> None:
     at_least_one = {
         "data": ["sequence_length_tokens"],
         "training": ["max_tokens", "max_steps", "global_batch_sequences", "micro_batch_sequences"],
-        "validation": ["interval_steps", "tokens"],
+        "validation": ["interval_steps", "tokens", "task_limit", "tasks_interval_steps"],
         "checkpoint": ["interval_steps", "keep"],
         "logging": ["interval_steps", "memory_interval_steps"],
     }

@@ -6,11 +6,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from olmo_core.train import Duration, Trainer, TrainerConfig
@@ -19,7 +17,6 @@ from olmo_core.utils import get_default_device, seed_all
 
 from ultramem.data.manifest import DataManifest, load_manifest
 from ultramem.errors import CheckpointError, ConfigError, DataError
-from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
 from ultramem.model.roles import parameter_roles
@@ -30,7 +27,6 @@ from ultramem.training.callbacks import (
     ProgressLine,
     TensorBoard,
     Throughput,
-    Validation,
 )
 from ultramem.training.checkpoints import (
     RunCheckpointer,
@@ -42,6 +38,7 @@ from ultramem.training.checkpoints import (
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.scale import scale_config
 from ultramem.training.train_module import UltraMemTrainModule
+from ultramem.training.validation import build_validation
 
 # Backward costs twice the forward.
 TRAINING_FLOPS_FACTOR = 3
@@ -234,28 +231,10 @@ def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: Dat
         "metrics_file": MetricsFile(str(run_folder / "metrics.jsonl"), interval),
         "progress": ProgressLine(interval_steps=interval),
     }
-    if config.validation.interval_steps is not None:
-        callbacks["validation"] = Validation(
-            config.validation.interval_steps, partial(measure_validation, model, config, manifest)
-        )
+    callbacks |= build_validation(model, config, manifest)
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(str(run_folder / "tensorboard"), interval)
     return callbacks
-
-
-def measure_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: DataManifest) -> PerplexityResult:
-    """Loss on the validation split, on at most ``validation.tokens`` of it, in the arithmetic of the training."""
-    split = manifest.splits["validation"]
-    return evaluate_perplexity(
-        model,
-        split.files,
-        token_dtype=manifest.dtype,
-        sequence_length_tokens=config.data.sequence_length_tokens,
-        batch_size=config.micro_batch_sequences,
-        bytes_per_token=split.bytes_per_token,
-        dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
-        max_tokens=config.validation.tokens,
-    )
 
 
 def _write_config(config: RunConfig, path: Path) -> None:

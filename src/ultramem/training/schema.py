@@ -125,7 +125,9 @@ def _convert(value: Any, option: Any, path: str) -> tuple[bool, Any]:
         pairs = enumerate(zip(value, arguments, strict=True)) if is_list else ()
         return is_list, tuple(_check_value(v, item, f"{path}[{i}]") for i, (v, item) in pairs)
     if option is dict or origin is dict:
-        return isinstance(value, dict), value
+        item = arguments[1] if arguments else Any
+        is_dict = isinstance(value, dict)
+        return is_dict, {str(k): _check_value(v, item, f"{path}.{k}") for k, v in value.items()} if is_dict else None
     if dataclasses.is_dataclass(option):
         return False, None
     return True, value
@@ -158,7 +160,8 @@ def _expected(option: Any) -> str:
         return f"a list of {len(typing.get_args(option))} values"
     if option is list or typing.get_origin(option) is list:
         return "a list"
-    return "a section with keys of its own" if dataclasses.is_dataclass(option) else str(option)
+    is_section = dataclasses.is_dataclass(option) or option is dict or typing.get_origin(option) is dict
+    return "a section with keys of its own" if is_section else str(option)
 
 
 def _describe(value: Any) -> str:
