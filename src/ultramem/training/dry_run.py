@@ -12,6 +12,8 @@ from ultramem.training.config import RunConfig, load_config
 from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, fit_positions, model_config, resolve_config
 
 FP32_BYTES = 4
+# Of one element; the scale of an 8-bit row is left out.
+BYTES_OF_TABLE_MOMENT = {"fp32": 4, "bf16": 2, "8bit": 1}
 
 
 @dataclass
@@ -48,20 +50,31 @@ def resolve_dry_run(
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """Weights, dense gradients and AdamW's two moments in fp32, and the activations of one micro-batch.
+    """Weights, gradients, AdamW's two moments (fp32, if the config does not narrow the tables'), activations.
 
-    Activations per token and block: about 12 vectors of the hidden width and 4 of the FFN's inner width in the
-    arithmetic's precision, and per memory the selected rows (values and pre-values) with their scores; with gradient
-    checkpointing one vector per block and one block's activations. Logits are kept in the arithmetic's precision, in
-    fp32 and as their gradient.
+    Table gradients as rows: what backward hands over for the whole batch, weights and an index per selected row and a
+    vector per token, and the rows themselves where they are summed, all of them distinct at worst.
+
+    Activations are those of one micro-batch. Per token and block: about 12 vectors of the hidden width and 4 of the
+    FFN's inner width in the arithmetic's precision, and per memory the selected rows (values and pre-values) with their
+    scores; with gradient checkpointing one vector per block and one block's activations. Logits are kept in the
+    arithmetic's precision, in fp32 and as their gradient.
     """
     model = model_config(config)
-    num_parameters = cost_card(model).total_parameters
+    card = cost_card(model)
+    num_parameters = card.total_parameters
+    gradients_bytes = FP32_BYTES * num_parameters
     element_bytes = 2 if config.training.precision == "bf16" else FP32_BYTES
     block_elements = 12 * model.hidden_size + 4 * model.intermediate_size
     memory_elements = 0
     if (memory := model.memory_config) is not None:
-        memory_elements = memory.num_selected * (sum(memory.row_widths(model.hidden_size)) + 8)
+        widths = memory.row_widths(model.hidden_size)
+        memory_elements = memory.num_selected * (sum(widths) + 8)
+        if config.training.table_gradients == "rows":
+            num_lookups = config.global_batch_tokens * len(model.memory_spans)
+            num_rows = min(num_lookups * memory.num_selected, memory.num_rows(len(model.memory_spans)))
+            factors_bytes = num_lookups * (2 * memory.num_selected * (8 + FP32_BYTES) + FP32_BYTES * sum(widths))
+            gradients_bytes = FP32_BYTES * (card.dense_parameters + num_rows * sum(widths)) + factors_bytes
     elements = model.num_hidden_layers * block_elements + len(model.memory_spans) * memory_elements
     if config.training.gradient_checkpointing:
         elements = model.num_hidden_layers * model.hidden_size + block_elements + memory_elements
@@ -69,8 +82,9 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     num_tokens = config.micro_batch_sequences * config.data.sequence_length_tokens
     return MemoryEstimate(
         weights_bytes=FP32_BYTES * num_parameters,
-        gradients_bytes=FP32_BYTES * num_parameters,
-        moments_bytes=2 * FP32_BYTES * num_parameters,
+        gradients_bytes=gradients_bytes,
+        moments_bytes=2 * FP32_BYTES * card.dense_parameters
+        + 2 * BYTES_OF_TABLE_MOMENT[config.optimizer.table_moments] * card.table_parameters,
         activations_bytes=num_tokens * (elements * element_bytes + logits_bytes),
     )
 
