@@ -8,6 +8,7 @@ import torch
 
 from ultramem.errors import ConfigError, DataError
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
+from ultramem.model.accounting import cost_card
 from ultramem.model.presets import PRESETS
 from ultramem.model.roles import parameter_roles
 from ultramem.training.dry_run import (
@@ -103,6 +104,20 @@ def test_saved_activations_are_what_autograd_saves(name, dtype):
     # The difference leaves out what does not grow with the tokens, such as weights cast to bf16.
     measured = (saved_bytes(config, 6, dtype) - saved_bytes(config, 2, dtype)) / (4 * 32)
     assert saved_bytes_per_token(config, dtype.itemsize) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("moments", "element_bytes"), [("fp32", 4), ("bf16", 2), ("8bit", 1)])
+def test_row_gradients_and_narrow_moments_need_less_memory(config_path, moments, element_bytes):
+    rows = ["training.table_gradients=rows", f"optimizer.table_moments={moments}", "model.memory.num_keys=32"]
+    config, _ = resolve_config(config_path, rows)
+    card = cost_card(model_config(config))
+    memory = estimate_memory(config)
+    assert memory.moments_bytes == 8 * card.dense_parameters + 2 * element_bytes * card.table_parameters
+    dense = estimate_memory(resolve_config(config_path, ["model.memory.num_keys=32"])[0])
+    # 128 tokens × 2 memories × 4 rows of 16 elements, with 2 weights and indices each, and 2 vectors of 8 per lookup.
+    handed_over = 128 * 2 * (4 * 2 * 12 + 4 * 16)
+    assert memory.gradients_bytes == 4 * (card.dense_parameters + 128 * 2 * 4 * 16) + handed_over
+    assert memory.gradients_bytes < dense.gradients_bytes
 
 
 def test_activations_shrink_with_micro_batch_and_checkpointing(config_path):

@@ -8,6 +8,7 @@ from tiny_training import tiny_model
 from ultramem.model.roles import parameter_roles
 from ultramem.training.config import OptimizerSection
 from ultramem.training.optim import build_optimizer, group_parameters
+from ultramem.training.row_adamw import RowAdamW
 
 
 def test_groups_cover_a_memory_model():
@@ -24,6 +25,40 @@ def test_groups_cover_a_memory_model():
     for group in optimizer.param_groups:
         assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
         assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+def test_every_table_has_a_collector_and_the_groups_are_the_same():
+    model = tiny_model()
+    roles = parameter_roles(model)
+    dense = build_optimizer(model, roles, OptimizerSection())
+    assert type(dense) is torch.optim.AdamW
+    rows = build_optimizer(model, roles, OptimizerSection(table_moments="bf16"), "rows")
+    assert isinstance(rows, RowAdamW)
+    assert model.model.memory_pool.table_gradients == "rows"
+    for a, b in zip(dense.param_groups, rows.param_groups, strict=True):
+        assert [id(parameter) for parameter in a["params"]] == [id(parameter) for parameter in b["params"]]
+        assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+    assert list(rows.coalesce()) == list(model.model.memory_pool.parameters())
+
+
+def test_a_table_outside_a_pool_is_caught():
+    model = tiny_model()
+    model.extra = nn.Linear(2, 2, bias=False)
+    with pytest.raises(AssertionError, match="not every table has a collector"):
+        build_optimizer(model, parameter_roles(model) | {"extra.weight": "table"}, OptimizerSection(), "rows")
+
+
+def test_a_frozen_table_collects_nothing():
+    model = tiny_model()
+    pool = model.model.memory_pool
+    pool.pre_values.requires_grad_(False)
+    optimizer = build_optimizer(model, parameter_roles(model), OptimizerSection(), "rows")
+    before = pool.pre_values.clone()
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    assert list(optimizer.coalesce()) == [pool.values]
+    assert pool.pre_value_gradients is None
+    assert torch.equal(pool.pre_values, before)
 
 
 def test_dense_model_has_no_table_group():

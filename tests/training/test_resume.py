@@ -25,11 +25,31 @@ from ultramem.training.checkpoints import complete_steps
 HANGING_S = 300
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_run_equals_uninterrupted_run(data_folder, tmp_path, precision):
-    """n steps = k + (n − k) steps with every kind of dropout on, across an epoch boundary, in separate processes."""
+def rows(table_moments):
+    return {"training": {"table_gradients": "rows"}, "optimizer": {"table_moments": table_moments}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": {"precision": "bf16"}, "schedule": {"name": "linear"}},
+        {"optimizer": {"table_lr": 1e-3}, "schedule": {"name": "wsd", "decay_fraction": 0.7}},
+        rows("fp32"),
+        rows("bf16") | {"schedule": {"name": "wsd", "decay_fraction": 0.7}},
+        rows("8bit") | {"schedule": {"name": "constant"}},
+    ],
+    ids=["dense-cosine", "dense-linear-bf16", "dense-wsd", "rows-cosine", "rows_bf16-wsd", "rows_8bit-constant"],
+)
+def test_resumed_run_equals_uninterrupted_run(data_folder, tmp_path, changes):
+    """n steps = k + (n − k) steps with every kind of dropout on, across an epoch boundary, in separate processes.
+
+    Every optimizer and every schedule is here, each optimizer with another schedule.
+    """
     settings = tiny_settings(data_folder, tmp_path / "whole")
-    settings["training"] |= {"precision": precision, "max_steps": 12, "global_batch_sequences": 16}
+    settings["training"] |= {"max_steps": 12, "global_batch_sequences": 16}
+    for section, values in changes.items():
+        settings[section] = settings[section] | values
     settings["checkpoint"] = {"interval_steps": 5, "keep": None}
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(settings))
     run_training(tmp_path / "whole.yaml")

@@ -110,11 +110,15 @@ def test_resolved_config_is_kept_with_the_run(finished_run):
         ("model.hidden_size=32", r"model.hidden_size: 16 → 32"),
         ("run.seed=4", r"run.seed: 3 → 4"),
         ("data.sequence_length_tokens=16", r"data.sequence_length_tokens: 32 → 16"),
+        (
+            "training.table_gradients=rows optimizer.table_moments=8bit",
+            r"optimizer.table_moments: fp32 → 8bit",
+        ),
     ],
 )
 def test_a_run_folder_is_not_continued_with_another_model(finished_run, override, message):
     with pytest.raises(CheckpointError, match=message):
-        train(*resolve_config(finished_run / "run.yaml", [override]))
+        train(*resolve_config(finished_run / "run.yaml", override.split()))
 
 
 def test_a_run_folder_is_not_continued_with_other_data(finished_run, data_folder, tmp_path):

@@ -27,35 +27,77 @@ def rates_at_every_step(config):
     return rates
 
 
+def share_of_peak(name, floor, decay_fraction, step, warmup_steps, num_steps):
+    """The published shapes, from step numbers."""
+    if step < warmup_steps:
+        return 0.1 + 0.9 * step / warmup_steps
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    remaining = (num_steps - step) / (num_steps * decay_fraction)
+    return {
+        "cosine": floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2,
+        "linear": floor + (1 - floor) * (1 - progress),
+        "wsd": floor + (1 - floor) * min(1.0, remaining),
+        "constant": 1.0,
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize(
     ("warmup", "warmup_steps"),
     [({"warmup_tokens": 160}, 5), ({"warmup_fraction": 0.2}, 8), ({"warmup_fraction": 0.0}, 0), ({}, 0.4)],
 )
-@pytest.mark.parametrize("decay_fraction", [1.0, 0.5])
-@pytest.mark.parametrize("floor", [0.1, 0.0])
-def test_rates_follow_the_formula_at_every_step(warmup, warmup_steps, decay_fraction, floor):
-    """Warmup from 0.1·lr, cosine to the floor, tables times 1 + (t0 − 1)·max(0, 1 − s/(T·ρ))."""
+@pytest.mark.parametrize("table_decay_fraction", [1.0, 0.5])
+@pytest.mark.parametrize(("floor", "decay_fraction"), [(0.1, 0.1), (0.0, 0.45)])
+def test_rates_follow_the_formula_at_every_step(
+    name, warmup, warmup_steps, table_decay_fraction, floor, decay_fraction
+):
+    """Warmup from 0.1·lr, the named shape to the floor, tables times 1 + (t0 − 1)·max(0, 1 − s/(T·ρ))."""
     num_steps, peak, start = 40, 3e-3, 20.0
     config = RunConfig(
         data=DataSection(sequence_length_tokens=8),
         optimizer=OptimizerSection(
-            lr=peak, key_lr_multiplier=0.3, table_lr_multiplier=start, table_lr_decay_fraction=decay_fraction
+            lr=peak, key_lr_multiplier=0.3, table_lr_multiplier=start, table_lr_decay_fraction=table_decay_fraction
         ),
-        schedule=ScheduleSection(**warmup, final_factor=floor),
+        schedule=ScheduleSection(name, **warmup, final_factor=floor, decay_fraction=decay_fraction),
         training=TrainingSection(max_tokens=num_steps * 32, global_batch_sequences=4),
     )
     for step, rates in enumerate(rates_at_every_step(config), start=1):
-        if step < warmup_steps:
-            base = peak * (0.1 + 0.9 * step / warmup_steps)
-        else:
-            progress = (step - warmup_steps) / (num_steps - warmup_steps)
-            base = peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
-        times = 1 + (start - 1) * max(0.0, 1 - step / (num_steps * decay_fraction))
+        base = peak * share_of_peak(name, floor, decay_fraction, step, warmup_steps, num_steps)
+        times = 1 + (start - 1) * max(0.0, 1 - step / (num_steps * table_decay_fraction))
         # The default warmup of 1 % of 1280 tokens is rounded to 13 tokens, 0.40625 steps.
         tolerance = 1e-12 if warmup else 1e-3
         assert rates["dense"] == pytest.approx(base, rel=tolerance, abs=peak * tolerance)
         assert rates["keys"] == pytest.approx(0.3 * base, rel=tolerance, abs=peak * tolerance)
         assert rates["tables"] == pytest.approx(base * times, rel=tolerance, abs=peak * start * tolerance)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+def test_a_table_rate_of_its_own_is_constant_under_every_schedule(name):
+    config = RunConfig(
+        optimizer=OptimizerSection(lr=4e-4, table_lr=1e-3),
+        schedule=ScheduleSection(name, warmup_fraction=0.3),
+        training=TrainingSection(max_steps=20),
+    )
+    rates = rates_at_every_step(config)
+    assert {rate["tables"] for rate in rates} == {1e-3}
+    assert len({rate["dense"] for rate in rates}) > 5
+
+
+def test_the_tables_multiplier_is_4_unless_given():
+    first = rates_at_every_step(RunConfig(training=TrainingSection(max_steps=10)))[0]
+    assert first["tables"] / first["dense"] == pytest.approx(1 + 3 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_last_batch_beyond_the_horizon_is_at_the_floor(name):
+    config = RunConfig(
+        data=DataSection(sequence_length_tokens=8),
+        schedule=ScheduleSection(name, final_factor=0.25),
+        training=TrainingSection(max_tokens=300, global_batch_sequences=4),
+    )
+    assert (config.num_steps, config.num_tokens) == (10, 300)
+    last = rates_at_every_step(config)[-1]
+    assert last["dense"] == last["tables"] == pytest.approx(1e-4)
 
 
 def test_last_step_is_at_the_floor():

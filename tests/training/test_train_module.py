@@ -1,5 +1,6 @@
 """One step of the train module: losses, gradients, clipping, learning rates."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,14 @@ class FakeTrainer(SimpleNamespace):
         self.record_metric("train/CE loss", value)
 
 
-def make_module(micro_batch_sequences=None, precision="fp32", memory_interval_steps=None, model=None, **optimizer):
+def make_module(
+    micro_batch_sequences=None,
+    precision="fp32",
+    memory_interval_steps=None,
+    model=None,
+    table_gradients="dense",
+    **optimizer,
+):
     config = RunConfig(
         run=RunSection(save_folder="absent"),
         data=DataSection(sequence_length_tokens=16),
@@ -43,6 +51,7 @@ def make_module(micro_batch_sequences=None, precision="fp32", memory_interval_st
             global_batch_sequences=4,
             micro_batch_sequences=micro_batch_sequences,
             precision=precision,
+            table_gradients=table_gradients,
         ),
         logging=LoggingSection(memory_interval_steps=memory_interval_steps),
     )
@@ -270,3 +279,90 @@ def test_loading_keeps_the_configs_rates_and_the_checkpoints_moments():
         assert torch.equal(a, b), name
         assert torch.equal(module.optim.state[a]["exp_avg"], other.optim.state[b]["exp_avg"]), name
         assert float(other.optim.state[b]["step"]) == 1
+
+
+def as_dense(module):
+    """Gradients with the collected ones spread over their tables."""
+    collected = {
+        id(table): torch.zeros_like(table).index_copy(0, *pair) for table, pair in module.optim.coalesce().items()
+    }
+    return {
+        name: collected[id(parameter)] if id(parameter) in collected else parameter.grad.clone()
+        for name, parameter in module.model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("micro_batch_sequences", [None, 1])
+def test_rows_take_the_step_that_dense_gradients_take_where_they_touch(micro_batch_sequences):
+    """Several layers share the pool; gradients, norms before and after clipping, rates and changes are the same."""
+    modules = [make_module(table_gradients="dense", table_max_grad_norm=1e-3)]
+    modules += [make_module(micro_batch_sequences, table_gradients="rows", table_max_grad_norm=1e-3)]
+    before = {name: parameter.detach().clone() for name, parameter in modules[0].model.named_parameters()}
+    for module in modules:
+        module.train_batch(batch())
+    dense, rows = modules
+    expected, pool = gradients(dense), rows.model.model.memory_pool
+    assert pool.values.grad is None
+    assert pool.pre_values.grad is None
+    for name, gradient in as_dense(rows).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=name)
+    touched = {id(table): pair[0] for table, pair in rows.optim.coalesce().items()}
+    for module in modules:
+        module.optim_step()
+    assert rows.trainer.metrics == pytest.approx(dense.trainer.metrics, rel=1e-5)
+    assert rows.trainer.metrics["optim/tables grad norm"] > 1e-3
+    assert rows.learning_rates == dense.learning_rates
+    for (name, parameter), twin in zip(rows.model.named_parameters(), dense.model.parameters(), strict=True):
+        if id(parameter) not in touched:
+            torch.testing.assert_close(parameter, twin, rtol=1e-5, atol=1e-6, msg=name)
+            continue
+        hit = torch.zeros(len(parameter), dtype=torch.bool).index_fill(0, touched[id(parameter)], True)
+        assert 0 < hit.sum() < len(hit)
+        torch.testing.assert_close(parameter[hit], twin[hit], rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(parameter[~hit], before[name][~hit])
+    rows.zero_grads()
+    assert all(not len(table_rows) for table_rows, _ in rows.optim.coalesce().values())
+
+
+def test_a_step_with_row_gradients_that_are_nan_is_not_taken():
+    module = make_module(table_gradients="rows")
+    module.train_batch(batch())
+    module.optim.coalesce()[module.model.model.memory_pool.values][1][0, 0] = float("nan")
+    before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
+    with pytest.raises(TrainingError, match="tables grad norm nan"):
+        module.optim_step()
+    for name, parameter in module.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_gradient_checkpointing_collects_every_row_once():
+    plain, recomputing = make_module(table_gradients="rows"), make_module(table_gradients="rows")
+    recomputing.model.gradient_checkpointing_enable()
+    for module in (plain, recomputing):
+        module.train_batch(batch())
+    for a, b in zip(plain.optim.coalesce().values(), recomputing.optim.coalesce().values(), strict=True):
+        assert torch.equal(a[0], b[0])
+        torch.testing.assert_close(a[1], b[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+def test_loading_row_wise_state_keeps_every_bit(moments):
+    """Through torch's distributed state dictionaries, as training states are saved and loaded."""
+    options = {"table_gradients": "rows", "table_moments": moments}
+    module, other = make_module(**options), make_module(**options)
+    module.train_batch(batch())
+    module.optim_step()
+    fresh = other.state_dict()  # OLMo-core makes an optimizer create its state this way before it loads
+    saved = copy.deepcopy(module.state_dict())
+    assert {key: value.dtype for key, value in fresh["optim"]["state"]["model.memory_pool.values"].items()} == {
+        key: value.dtype for key, value in saved["optim"]["state"]["model.memory_pool.values"].items()
+    }
+    other.load_state_dict(saved)
+    for module_ in (module, other):
+        module_.zero_grads()
+        module_.train_batch(batch(1))
+        module_.optim_step()
+    for (name, a), b in zip(module.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for key, value in module.optim.state[a].items():
+            assert torch.equal(value, other.optim.state[b][key]), (name, key)

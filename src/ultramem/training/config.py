@@ -21,6 +21,9 @@ from ultramem.training.schema import check_section, parse_overrides, set_dotted
 Precision = Literal["bf16", "fp32"]
 # How gradients of the tables are held: one dense tensor, or only the touched rows.
 TableGradients = Literal["dense", "rows"]
+# How the two moments of the tables are kept.
+TableMoments = Literal["fp32", "bf16", "8bit"]
+ScheduleName = Literal["cosine", "wsd", "constant", "linear"]
 
 
 @dataclass
@@ -44,7 +47,8 @@ class DataSection(Config):
 class OptimizerSection(Config):
     """AdamW of the published runs; the tables' rate is ``lr`` times a multiplier that decays linearly to 1.
 
-    The keys and cores of the memories may have a rate of their own, a constant multiple of ``lr``.
+    Or, as in Memory+, a constant of their own that no schedule touches: ``table_lr`` in place of the multiplier. The
+    keys and cores of the memories may have a rate of their own, a constant multiple of ``lr``.
     """
 
     lr: float = 4e-4
@@ -52,20 +56,28 @@ class OptimizerSection(Config):
     eps: float = 1e-8
     weight_decay: float = 0.1
     key_lr_multiplier: float = 1.0
-    table_lr_multiplier: float = 4.0
+    table_lr: float | None = None
+    table_lr_multiplier: float | None = None  # 4 if table_lr is not given either
     table_lr_decay_fraction: float = 1.0  # share of the run after which the multiplier has reached 1
+    table_moments: TableMoments = "fp32"
     max_grad_norm: float | None = 1.0
     table_max_grad_norm: float | None = 1.0
 
 
 @dataclass
 class ScheduleSection(Config):
-    """Linear warmup, then cosine; warmup in tokens or as a share of the run."""
+    """Linear warmup in tokens or as a share of the run, then a named shape down to the floor, the final factor.
 
+    ``cosine`` and ``linear`` fall from the end of the warmup to the end of the run, ``wsd`` stays at the peak and falls
+    linearly in the last share of the run, ``constant`` stays.
+    """
+
+    name: ScheduleName = "cosine"
     warmup_tokens: int | None = None
     warmup_fraction: float | None = None  # 0.01 if neither is given
     warmup_start_factor: float = 0.1
-    final_factor: float = 0.1
+    final_factor: float = 0.1  # no effect on constant
+    decay_fraction: float = 0.1  # of wsd: the share of the run that falls
 
 
 @dataclass
@@ -178,11 +190,39 @@ class RunConfig(Config):
                 f"'training.micro_batch_sequences' ({self.micro_batch_sequences}) must divide "
                 f"'training.global_batch_sequences' ({self.training.global_batch_sequences})"
             )
-        if self.training.table_gradients == "rows":
+        if self.optimizer.table_lr is not None and self.optimizer.table_lr_multiplier is not None:
             raise ConfigError(
-                "'training.table_gradients: rows' needs the row-wise table optimizer, which this version does not "
-                "have: use 'dense'"
+                "give only one of 'optimizer.table_lr', a constant rate, and 'optimizer.table_lr_multiplier'; given: "
+                f"table_lr={self.optimizer.table_lr}, table_lr_multiplier={self.optimizer.table_lr_multiplier}"
             )
+        if self.optimizer.table_moments != "fp32" and self.training.table_gradients != "rows":
+            raise ConfigError(
+                f"'optimizer.table_moments: {self.optimizer.table_moments}' needs the row-wise optimizer: set "
+                "'training.table_gradients' to rows, or 'optimizer.table_moments' to fp32"
+            )
+        if self.schedule.name == "wsd":
+            _check_wsd(self)
+
+    @property
+    def warmup_tokens(self) -> int:
+        """Tokens of the warmup."""
+        if self.schedule.warmup_tokens is not None:
+            return self.schedule.warmup_tokens
+        fraction = self.schedule.warmup_fraction
+        return round(self.num_tokens * (0.01 if fraction is None else fraction))
+
+
+def _check_wsd(config: RunConfig) -> None:
+    schedule = config.schedule
+    if schedule.final_factor == 1:
+        raise ConfigError("'schedule.final_factor' 1 leaves nothing to decay to: use 'schedule.name: constant'")
+    decay_tokens = round(schedule.decay_fraction * config.num_tokens)
+    if decay_tokens < 1 or config.warmup_tokens + decay_tokens > config.num_tokens:
+        raise ConfigError(
+            f"the warmup ({config.warmup_tokens:,} tokens) and 'schedule.decay_fraction' {schedule.decay_fraction} of "
+            f"the run ({decay_tokens:,} tokens) must fit into its {config.num_tokens:,} tokens, at least one token "
+            "decaying: shorten one of them"
+        )
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -194,10 +234,11 @@ def _check_ranges(config: RunConfig) -> None:
         "logging": ["interval_steps", "memory_interval_steps"],
     }
     positive = {
-        "optimizer": ["lr", "eps", "key_lr_multiplier", "table_lr_multiplier", "table_lr_decay_fraction"],
+        "optimizer": ["lr", "eps", "key_lr_multiplier", "table_lr", "table_lr_multiplier", "table_lr_decay_fraction"],
+        "schedule": ["decay_fraction"],
     }
     limits = {"optimizer": ["max_grad_norm", "table_max_grad_norm"]}
-    fractions = {"schedule": ["warmup_fraction", "warmup_start_factor", "final_factor"]}
+    fractions = {"schedule": ["warmup_fraction", "final_factor", "decay_fraction"]}
     not_negative = {"optimizer": ["weight_decay"], "schedule": ["warmup_tokens"]}
     rules = [
         (at_least_one, lambda value: value >= 1, "at least 1"),
@@ -205,7 +246,11 @@ def _check_ranges(config: RunConfig) -> None:
         (limits, lambda value: value > 0, "greater than 0, or null for no clipping"),
         (fractions, lambda value: 0 <= value <= 1, "between 0 and 1"),
         (not_negative, lambda value: value >= 0, "0 or greater"),
-        ({"optimizer": ["betas"]}, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (
+            {"optimizer": ["betas"], "schedule": ["warmup_start_factor"]},
+            lambda value: 0 <= value < 1,
+            "at least 0 and below 1",
+        ),
         # NumPy's generators take no other seeds.
         ({"run": ["seed"]}, lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}"),
     ]

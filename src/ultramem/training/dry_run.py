@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ultramem.data.manifest import DataManifest
+from ultramem.layers import MemoryConfig
 from ultramem.model import UltraMemConfig
 from ultramem.model.accounting import cost_card
 from ultramem.model.ffn import MoEFFNConfig
@@ -15,6 +16,8 @@ from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, fit_positi
 from ultramem.training.scale import scale_config
 
 FP32_BYTES = 4
+# Of one element; the scale of an 8-bit row is left out.
+BYTES_OF_TABLE_MOMENT = {"fp32": 4, "bf16": 2, "8bit": 1}
 
 
 @dataclass
@@ -55,13 +58,28 @@ def resolve_dry_run(
     return config, None
 
 
+def _table_gradient_bytes(
+    config: RunConfig, memory: MemoryConfig, num_memories: int, value_dim: int, pre_value_dim: int
+) -> int:
+    num_rows = memory.num_rows(num_memories)
+    if config.training.table_gradients == "dense":
+        return FP32_BYTES * num_rows * (2 * value_dim + pre_value_dim)
+    num_lookups, width = config.global_batch_tokens * num_memories, value_dim + pre_value_dim
+    # An index of 8 bytes and a weight for each selected row of either table, and one vector per lookup.
+    handed_over = num_lookups * (2 * memory.num_selected * (8 + FP32_BYTES) + FP32_BYTES * width)
+    return handed_over + FP32_BYTES * width * min(num_lookups * memory.num_selected, num_rows)
+
+
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
     """What one process holds that shares nothing with others, counted from the config alone.
 
-    Weights, dense gradients and AdamW's two moments in fp32; beside the gradients, one more of the values, which a
-    memory's backward makes before it is added. Activations are those of one micro-batch: what the blocks keep for
-    backward, one memory's gathered rows, and the logits in the arithmetic's precision, in fp32 and as their gradient.
-    With gradient checkpointing a block keeps its input only, and one block's activations are made again.
+    Weights, gradients and AdamW's two moments in fp32, if the config does not narrow the tables' moments. Dense table
+    gradients need one more of the values, which a memory's backward makes before it is added. Table gradients as rows:
+    what backward hands over for the whole batch, weights and an index per selected row and a vector per token, and the
+    rows themselves where they are summed, all of them distinct at worst. Activations are those of one micro-batch: what
+    the blocks keep for backward, one memory's gathered rows, and the logits in the arithmetic's precision, in fp32 and
+    as their gradient. With gradient checkpointing a block keeps its input only, and one block's activations are made
+    again.
     """
     model = model_config(config)
     card = cost_card(model)
@@ -72,16 +90,18 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         token_bytes += _block_bytes(model, element_bytes) + _memory_bytes(model)
     else:
         token_bytes += saved_bytes_per_token(model, element_bytes)
-    extra_gradient = 0
+    gradients_bytes = FP32_BYTES * card.total_parameters
     if (memory := model.memory_config) is not None:
         value_dim, pre_value_dim = memory.row_widths(model.hidden_size)
         token_bytes += FP32_BYTES * memory.num_selected * max(value_dim, pre_value_dim)
-        extra_gradient = card.table_parameters * value_dim // (value_dim + pre_value_dim)
+        gradients_bytes -= FP32_BYTES * card.table_parameters
+        gradients_bytes += _table_gradient_bytes(config, memory, len(model.memory_spans), value_dim, pre_value_dim)
     num_tokens = config.micro_batch_sequences * config.data.sequence_length_tokens
     return MemoryEstimate(
         weights_bytes=FP32_BYTES * card.total_parameters,
-        gradients_bytes=FP32_BYTES * (card.total_parameters + extra_gradient),
-        moments_bytes=2 * FP32_BYTES * card.total_parameters,
+        gradients_bytes=gradients_bytes,
+        moments_bytes=2 * FP32_BYTES * (card.total_parameters - card.table_parameters)
+        + 2 * BYTES_OF_TABLE_MOMENT[config.optimizer.table_moments] * card.table_parameters,
         activations_bytes=num_tokens * token_bytes,
     )
 

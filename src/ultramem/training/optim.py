@@ -6,7 +6,11 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW
 
-from ultramem.training.config import OptimizerSection
+from ultramem.layers import MemoryPool
+from ultramem.ops import RowGradients
+from ultramem.training.config import OptimizerSection, TableGradients
+from ultramem.training.moments import MOMENT_TYPES
+from ultramem.training.row_adamw import RowAdamW
 
 GROUP_OF_ROLE = {"matrix": "dense", "norm": "dense", "embedding": "dense", "key": "keys", "table": "tables"}
 
@@ -34,16 +38,41 @@ def group_parameters(model: nn.Module, roles: Mapping[str, str]) -> dict[str, li
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def build_optimizer(model: nn.Module, roles: Mapping[str, str], settings: OptimizerSection) -> AdamW:
-    """AdamW over the groups of :func:`group_parameters`.
+def collect_row_gradients(model: nn.Module) -> dict[nn.Parameter, RowGradients]:
+    """Makes all pools of a model collect their gradients as rows, and returns the trainable tables' collectors.
+
+    A frozen table gets none: nothing would ever clear it.
+    """
+    collectors: dict[nn.Parameter, RowGradients] = {}
+    for pool in model.modules():
+        if not isinstance(pool, MemoryPool):
+            continue
+        pool.set_table_gradients("rows")
+        for table, name in ((pool.values, "value_gradients"), (pool.pre_values, "pre_value_gradients")):
+            if table is not None and table.requires_grad:
+                collectors[table] = getattr(pool, name)
+            else:
+                setattr(pool, name, None)
+    return collectors
+
+
+def build_optimizer(
+    model: nn.Module, roles: Mapping[str, str], settings: OptimizerSection, table_gradients: TableGradients = "dense"
+) -> AdamW:
+    """AdamW over the groups of :func:`group_parameters`; with ``rows`` the tables' part is row-wise.
 
     Weight decay acts on every parameter, norms, embeddings and tables included, as in the published runs; through each
     group's own learning rate.
     """
+    parameters_of = group_parameters(model, roles)
     groups = [
-        {"params": parameters, "name": name, **group_settings(settings)}
-        for name, parameters in group_parameters(model, roles).items()
+        {"params": parameters, "name": name, **group_settings(settings)} for name, parameters in parameters_of.items()
     ]
+    if table_gradients == "rows":
+        collectors = collect_row_gradients(model)
+        tables = parameters_of.get("tables", [])
+        assert {id(table) for table in collectors} == {id(table) for table in tables}, "not every table has a collector"
+        return RowAdamW(groups, collectors, MOMENT_TYPES[settings.table_moments](), lr=settings.lr)
     # The fused step runs on CPU too, several times faster than the loop over tensors.
     return AdamW(groups, lr=settings.lr, fused=True)
 

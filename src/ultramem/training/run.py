@@ -164,7 +164,8 @@ def check_resumable(config: RunConfig) -> None:
     for key in sorted((old.keys() | new.keys()) - {"model.transformers_version"}):
         if old.get(key) != new.get(key):
             differences.append(f"{key}: {old.get(key)} → {new.get(key)}")
-    for section, key in (("data", "fingerprint"), ("data", "sequence_length_tokens"), ("run", "seed")):
+    unchangeable = ["data.fingerprint", "data.sequence_length_tokens", "run.seed", "optimizer.table_moments"]
+    for section, key in (name.split(".") for name in unchangeable):
         before, now = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
         if before != now:
             differences.append(f"{section}.{key}: {before} → {now}")

@@ -21,6 +21,7 @@ from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
 from ultramem.training.memory_metrics import build_meters
 from ultramem.training.optim import build_optimizer, group_settings
+from ultramem.training.row_adamw import RowAdamW
 from ultramem.training.schedule import build_schedules
 
 IGNORED_LABEL = -100
@@ -59,7 +60,7 @@ class UltraMemTrainModule(TrainModule):
         super().__init__()
         self.model = model
         self.config = config
-        self.optim = build_optimizer(model, roles, config.optimizer)
+        self.optim = build_optimizer(model, roles, config.optimizer, config.training.table_gradients)
         self.schedules = build_schedules(config)
         self.flops_per_token = flops_per_token
         num_slots = getattr(model, "num_slots_per_memory", []) if config.logging.memory_interval_steps else []
@@ -155,7 +156,11 @@ class UltraMemTrainModule(TrainModule):
                 for parameter in group["params"]
             ]
             if clipped:
-                norm = nn.utils.clip_grad_norm_(clipped, limit if limit is not None else float("inf"))
+                max_norm = limit if limit is not None else float("inf")
+                if name == "tables" and isinstance(self.optim, RowAdamW):
+                    norm = self.optim.clip_rows_(max_norm)
+                else:
+                    norm = nn.utils.clip_grad_norm_(clipped, max_norm)
                 measured[f"{name} grad norm"] = norm
                 self.record_metric(f"{name} grad norm", norm, namespace="optim")
         for group in self.optim.param_groups:
