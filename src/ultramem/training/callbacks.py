@@ -51,6 +51,7 @@ class Throughput(SpeedMonitorCallback):
         tokens_per_second = self.trainer.global_batch_size / (time.perf_counter() - self._start_time)
         self.trainer.record_metric(SPEED_METRIC, tokens_per_second)
         self.trainer.record_metric("throughput/total tokens", self.trainer.global_train_tokens_seen)
+        self.trainer.record_metric("throughput/total petaflops", self.trainer.global_train_petaflops)
 
     def post_step(self) -> None:
         """Nothing: replaces the base class's bookkeeping."""
