@@ -5,6 +5,7 @@ run finds every line up to its step in ``metrics.jsonl`` and adds the rest.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from olmo_core.distributed.utils import get_rank
-from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback
+from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback, WandBCallback
+from olmo_core.train.callbacks.wandb import WANDB_API_KEY_ENV_VAR
 from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ultramem.errors import ConfigError
 from ultramem.evaluation.perplexity import PerplexityResult
 from ultramem.files import staged_file
+from ultramem.training.config import RunConfig
 
 VALIDATION_LOSS_METRIC = "validation/CE loss"
 SPEED_METRIC = "throughput/tokens per second"
@@ -149,6 +153,32 @@ class TensorBoard(Callback):
         """Flushes the events."""
         if writer := self.__dict__.pop("_writer", None):
             writer.close()
+
+
+def weights_and_biases(config: RunConfig) -> WandBCallback:
+    """OLMo-core's callback, which sends the metrics of every step to Weights & Biases.
+
+    Args:
+        config: a run with ``logging.wandb``.
+
+    Raises:
+        ConfigError: the package or the key is missing.
+    """
+    assert config.logging.wandb is not None
+    off = "or switch it off with 'logging.wandb: null'"
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"'logging.wandb' needs the package wandb: pip install 'ultramem[wandb]', {off}") from error
+    if WANDB_API_KEY_ENV_VAR not in os.environ:
+        raise ConfigError(
+            f"'logging.wandb' needs your key in the environment variable {WANDB_API_KEY_ENV_VAR} (any text will do "
+            f"with WANDB_MODE=offline), {off}"
+        )
+    settings = config.logging.wandb.as_dict()
+    settings["name"] = settings["name"] or config.save_folder.resolve().name
+    # Looking for a tag that cancels the run would be a request at every step; a signal stops a run.
+    return WandBCallback(**settings, config=config.as_dict(json_safe=True), cancel_tags=None)
 
 
 @dataclass

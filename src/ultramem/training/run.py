@@ -31,6 +31,7 @@ from ultramem.training.callbacks import (
     TensorBoard,
     Throughput,
     Validation,
+    weights_and_biases,
 )
 from ultramem.training.checkpoints import (
     RunCheckpointer,
@@ -230,6 +231,8 @@ def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: Dat
         )
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(str(run_folder / "tensorboard"), interval)
+    if config.logging.wandb is not None:
+        callbacks["wandb"] = weights_and_biases(config)
     return callbacks
 
 
