@@ -24,7 +24,7 @@ class FakeWandb:
     def log(self, metrics, step):
         self.logged[step] = metrics
 
-    def finish(self, exit_code, quiet):
+    def finish(self, exit_code):
         self.finished.append(exit_code)
 
 

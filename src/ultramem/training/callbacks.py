@@ -155,8 +155,20 @@ class TensorBoard(Callback):
             writer.close()
 
 
-def weights_and_biases(config: RunConfig) -> WandBCallback:
-    """OLMo-core's callback, which sends the metrics of every step to Weights & Biases.
+@dataclass
+class WeightsAndBiases(WandBCallback):
+    """OLMo-core's callback, which sends the metrics of every step to Weights & Biases."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """Ends the run there, once."""
+        # The base class passes an argument that newer versions of the package do not take.
+        if not self.finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True
+
+
+def weights_and_biases(config: RunConfig) -> WeightsAndBiases:
+    """The callback that a config asks for.
 
     Args:
         config: a run with ``logging.wandb``.
@@ -178,7 +190,7 @@ def weights_and_biases(config: RunConfig) -> WandBCallback:
     settings = config.logging.wandb.as_dict()
     settings["name"] = settings["name"] or config.save_folder.resolve().name
     # Looking for a tag that cancels the run would be a request at every step; a signal stops a run.
-    return WandBCallback(**settings, config=config.as_dict(json_safe=True), cancel_tags=None)
+    return WeightsAndBiases(**settings, config=config.as_dict(json_safe=True), cancel_tags=None)
 
 
 @dataclass
