@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ultramem.evaluation import plots
+from ultramem.evaluation import plots, run_plots
 from ultramem.model import CostCard, UltraMemConfig, cost_card
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"UltraMemV2": "configs/demo.yaml", "dense twin": "configs/demo_dense.yaml"}
-SPEED = "throughput/tokens per second"
 MAX_USAGE_TOKENS = 50_000
 
 
@@ -82,7 +81,7 @@ def comparison(models: list[Model], sequence_length_tokens: int) -> list[tuple[s
         row("training tokens", lambda model: f"{plots.series(model.metrics, plots.TOKENS)[1][-1]:,.0f}"),
         row(
             "training tokens/s (median)",
-            lambda model: f"{statistics.median(plots.series(model.metrics, SPEED)[1]):,.0f}",
+            lambda model: f"{statistics.median(plots.series(model.metrics, plots.SPEED)[1]):,.0f}",
         ),
         row("validation loss (nats per token)", lambda model: f"{model.evaluation['loss']:.4f}"),
         row("bits per byte", lambda model: f"{model.evaluation['bits_per_byte']:.4f}"),
@@ -128,9 +127,10 @@ def draw_plots(models: list[Model], settings: Settings) -> None:
         sequence_length_tokens=settings.sequence_length_tokens,
         max_tokens=MAX_USAGE_TOKENS,
     )
+    runs = [run_plots.Run(model.name, model.metrics) for model in models]
     figures = {
-        "loss.png": plots.plot_losses({model.name: model.metrics for model in models}),
-        "coverage.png": plots.plot_coverage(models[0].metrics),
+        "loss.png": run_plots.plot_losses(runs, "tokens"),
+        "coverage.png": run_plots.plot_memories(runs, "steps", "coverage"),
         "usage.png": plots.plot_usage(counts),
         "recall.png": plots.plot_recall({model.name: model.evaluation["recall"] for model in models}),
     }

@@ -21,7 +21,7 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy():
         "print('HEAVY', sorted({'olmo_core', 'datasets', 'matplotlib', 'tensorboard'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("data", "train", "eval", "generate", "info", "parity"):
+    for verb in ("data", "train", "eval", "generate", "info", "parity", "plot"):
         assert f" {verb} " in output
     assert "HEAVY []" in output
 

@@ -8,43 +8,8 @@ from ultramem.errors import DataError
 from ultramem.evaluation import plots
 
 
-def make_metrics(offset=0.0):
-    rows = []
-    for step in range(10, 110, 10):
-        row = {"step": step, plots.TOKENS: step * 1000, plots.TRAIN_LOSS: 8 - step / 20 + offset}
-        if step % 50 == 0:
-            row |= {plots.VALIDATION_LOSS: 8.5 - step / 20 + offset}
-            row |= {
-                "memory/0/value_coverage": step / 200,
-                "memory/10/value_coverage": 0.5,
-                "memory/2/value_coverage": 0.25,
-            }
-        rows.append(row)
-    return rows
-
-
 def lines_of(figure):
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
-
-
-def test_losses_are_drawn_over_tokens():
-    lines = lines_of(plots.plot_losses({"memory": make_metrics(), "dense": make_metrics(0.5)}))
-    assert set(lines) == {"memory, training", "memory, validation", "dense, training", "dense, validation"}
-    assert list(lines["dense, validation"].get_xdata()) == [0.05, 0.1]
-    assert list(lines["dense, validation"].get_ydata()) == [6.5, 4.0]
-    assert len(lines["memory, training"].get_xdata()) == 10
-
-
-def test_a_run_without_validation_has_one_line():
-    metrics = [{key: value for key, value in row.items() if key != plots.VALIDATION_LOSS} for row in make_metrics()]
-    assert set(lines_of(plots.plot_losses({"memory": metrics}))) == {"memory, training"}
-
-
-def test_coverage_is_drawn_per_memory_in_order():
-    lines = lines_of(plots.plot_coverage(make_metrics()))
-    assert list(lines) == ["memory 0", "memory 2", "memory 10"]
-    assert list(lines["memory 0"].get_xdata()) == [50, 100]
-    assert list(lines["memory 0"].get_ydata()) == [25, 50]
 
 
 def test_usage_is_sorted_and_relative_to_the_mean():
@@ -66,20 +31,46 @@ def test_recall_has_a_bar_per_model_and_relation():
 
 
 def test_a_figure_is_saved_whole(tmp_path):
-    plots.save(plots.plot_losses({"memory": make_metrics()}), tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as image:
+    plots.save(plots.plot_usage([torch.tensor([1, 2])]), tmp_path / "usage.png")
+    with Image.open(tmp_path / "usage.png") as image:
         image.load()
         assert min(image.size) > 300
-    assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["usage.png"]
+
+
+def write(tmp_path, *rows, end="\n"):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows) + end)
+    return file
 
 
 def test_metrics_are_read_by_name(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in make_metrics()))
-    assert plots.series(plots.load_metrics(file), plots.VALIDATION_LOSS) == ([50, 100], [6.0, 3.5])
+    rows = [{"step": step, plots.TRAIN_LOSS: 5.0 - step} for step in (1, 2)]
+    rows[1] |= {plots.VALIDATION_LOSS: 3.5}
+    metrics = plots.load_metrics(write(tmp_path, *rows))
+    assert plots.series(metrics, plots.TRAIN_LOSS) == ([1, 2], [4.0, 3.0])
+    assert plots.series(metrics, plots.VALIDATION_LOSS) == ([2], [3.5])
 
 
-@pytest.mark.parametrize("content", [None, '{"step": 1}\nnot json\n', "[1, 2]\n"])
+@pytest.mark.parametrize("torn", ['{"step": 3, "a', '{"step": 3, "train/CE loss": 1.', "{"])
+def test_a_line_that_a_kill_tore_is_left_out(tmp_path, torn):
+    metrics = plots.load_metrics(write(tmp_path, {"step": 1}, {"step": 2}, torn, end=""))
+    assert [row["step"] for row in metrics] == [1, 2]
+
+
+def test_a_last_line_without_its_end_counts_if_it_is_whole(tmp_path):
+    metrics = plots.load_metrics(write(tmp_path, {"step": 1}, {"step": 2}, end=""))
+    assert [row["step"] for row in metrics] == [1, 2]
+
+
+def test_a_resumed_run_replaces_the_steps_that_it_abandoned(tmp_path):
+    first = [{"step": step, "loss": 1.0} for step in (10, 20, 30, 40)]
+    second = [{"step": step, "loss": 2.0} for step in (20, 25)]
+    metrics = plots.load_metrics(write(tmp_path, *first, *second))
+    assert plots.series(metrics, "loss") == ([10, 20, 25], [1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("content", [None, '{"step": 1}\nnot json\n', "[1, 2]\n", '{"loss": 1}\n', '"step"\n'])
 def test_a_file_that_holds_no_metrics_is_named(tmp_path, content):
     file = tmp_path / "metrics.jsonl"
     if content is not None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from memory_types import memory_type
+from naive_memories import naive_fine_scores
+from naive_operators import naive_product_topk
 from tiny_memories import HIDDEN_SIZE, VARIANTS, memory_layer, tokens
 from tolerances import assert_close
 from ultramem.layers import MemoryPool
@@ -52,6 +54,65 @@ def test_statistics_describe_the_lookup():
     expected = torch.linalg.svdvals(layer.retrieval.cores.float().sum(0))
     assert torch.equal(statistics["singular_values"], expected)
     assert not any(statistic.requires_grad for statistic in statistics.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads": 2},
+        {"query_per_rank": True, "rank": 3},
+        {"search": "signed", "coarse_top_k": 5},
+        {"type": "ultramem", "num_heads": 2, "num_cores": 3},
+    ],
+    ids=["heads", "query_per_rank", "signed", "ultramem"],
+)
+def test_recall_is_the_share_of_the_exact_slots_that_were_found(changes):
+    layer, pool = memory_layer(**changes)
+    x, config, retrieval = tokens(5), layer.config, layer.retrieval
+    with torch.no_grad():
+        measured = layer(x, pool, return_statistics="recall").statistics["recall_M"]
+        scores = naive_fine_scores(retrieval, x, config.rank, config.num_queries > 1)
+        directions = retrieval.row_direction.double(), retrieval.col_direction.double()
+        m = retrieval.coarse_top_k
+        found, exact = (
+            naive_product_topk(*scores, retrieval.cores, *directions, config.top_k, m, search)
+            for search in (config.search, "exact")
+        )
+    shares = [len(set(a) & set(b)) / config.top_k for a, b in zip(found, exact, strict=True)]
+    expected = torch.tensor(shares, dtype=torch.float64).view(5, config.num_heads).mean(1)
+    assert 0 < expected.mean() < 1
+    assert_close(measured, expected)
+
+
+def test_recall_is_measured_where_asked_for_and_where_the_search_is_inexact():
+    inexact, pool = memory_layer()
+    assert "recall_M" not in inexact(tokens(2), pool, return_statistics=True).statistics
+    for changes in ({"search": "exact"}, {"type": "pkm"}, {"type": "memory_plus"}, {"type": "peer"}):
+        layer, pool = memory_layer(**changes)
+        assert "recall_M" not in layer(tokens(2), pool, return_statistics="recall").statistics
+
+
+def test_a_search_that_keeps_all_keys_finds_everything():
+    layer, pool = memory_layer(coarse_top_k=6)
+    assert layer(tokens(3), pool, return_statistics="recall").statistics["recall_M"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 2048])
+def test_recall_is_measured_on_tokens_from_the_first_to_the_last(num_tokens):
+    layer, pool = memory_layer()
+    x = tokens(num_tokens)
+    recall = layer(x, pool, return_statistics="recall").statistics["recall_M"]
+    num_sampled = min(num_tokens, 64)
+    places = [n * (num_tokens - 1) // max(1, num_sampled - 1) for n in range(num_sampled)]
+    assert places[-1] == num_tokens - 1
+    assert len(set(places)) == num_sampled
+    # Positions in sequences of 32 tokens.
+    assert num_tokens < 2048 or len({place % 32 for place in places}) > 16
+    assert not recall.requires_grad
+    for start in range(0, num_sampled, 32):
+        chosen = x[places[start : start + 32]]
+        alone = layer(chosen, pool, return_statistics="recall").statistics["recall_M"]
+        assert torch.equal(alone, recall[start : start + 32])
 
 
 def test_dropout_acts_in_training_only():

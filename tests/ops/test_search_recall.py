@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ultramem.ops import product_topk
+from ultramem.ops import product_topk, search_recall
 
 NUM_KEYS, KEY_DIM, TOP_K, NUM_TOKENS, NUM_DRAWS = 512, 128, 32, 64, 3
 
@@ -24,9 +24,13 @@ def draw_scores(second_singular_value, seed):
 
 
 def recall(operands, search, coarse_top_k):
-    exact = product_topk(*operands, top_k=TOP_K, search="exact")[1].flatten(0, 1)
-    found = product_topk(*operands, top_k=TOP_K, coarse_top_k=coarse_top_k, search=search)[1].flatten(0, 1)
-    return (found[:, :, None] == exact[:, None, :]).any(2).float().mean().item()
+    _, found = product_topk(*operands, top_k=TOP_K, coarse_top_k=coarse_top_k, search=search)
+    return search_recall(*operands[:3], found).mean().item()
+
+
+def test_recall_of_additive_scores_is_one():
+    row, col = torch.randn(2, 4, 3, 9, 1, dtype=torch.float64)
+    assert search_recall(row, col, None, product_topk(row, col, top_k=5)[1]).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("second_singular_value", [0.0, 0.15, 0.5])

@@ -62,6 +62,7 @@ def make_module(
         global_step=1,
         global_train_tokens_seen=64,
         max_tokens=640,
+        max_steps=10,
         dp_process_group=None,
         metrics={},
     )
@@ -229,6 +230,24 @@ def test_memory_statistics_accumulate_over_micro_batches():
         assert {k: v for k, v in b.read().items() if k != "output_std"} == pytest.approx(
             {k: v for k, v in a.read().items() if k != "output_std"}, rel=1e-5
         )
+
+
+def test_the_recall_of_the_search_is_measured_at_the_steps_that_are_reported():
+    """An exact search has recall one, whatever was selected; ours is measured against it on 64 tokens of the batch."""
+    module = make_module(1, memory_interval_steps=3)
+    for step in (1, 2):
+        module.trainer.global_step = step
+        module.train_batch(batch())
+    assert all("search_recall" not in meter.read() for meter in module.memory_meters)
+    module.trainer.global_step = 3
+    module.train_batch(batch())
+    whole = make_module(memory_interval_steps=1)
+    whole.train_batch(batch())
+    for meter, other in zip(module.memory_meters, whole.memory_meters, strict=True):
+        assert 0.1 < meter.read()["search_recall"] < 1
+        assert meter.sums[5] == 4 * 16
+        # The same 64 tokens with the same weights, as one micro-batch.
+        assert meter.read()["search_recall"] == pytest.approx(other.read()["search_recall"])
 
 
 def test_dropout_depends_on_seed_and_step_only():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import ultramem
-from ultramem.cli import evaluate, generate, info, parity, train
+from ultramem.cli import evaluate, generate, info, parity, plot, train
 from ultramem.cli.data import data_app
 from ultramem.errors import UltraMemError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("train")(train.train)
+app.command("plot")(plot.plot)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)

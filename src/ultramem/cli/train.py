@@ -1,28 +1,14 @@
 """``ultramem train``: one YAML file and overrides to a trained model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ultramem.errors import ConfigError
+from ultramem.cli.extras import explains_missing_packages
 
 
-@contextmanager
-def _explain_missing_packages() -> Iterator[None]:
-    """Say how to install what the `train` extra brings, in place of a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "ultramem"):  # a bug of ours
-            raise
-        raise ConfigError(f"training needs the package {package}: pip install 'ultramem[train]'") from error
-
-
-@_explain_missing_packages()
+@explains_missing_packages("training", "train")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, e.g. configs/demo.yaml.")],
     overrides: Annotated[

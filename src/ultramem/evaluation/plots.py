@@ -1,8 +1,8 @@
-"""Plots of training runs and evaluations, as matplotlib figures without a display."""
+"""Metrics of training runs, and plots of evaluations as matplotlib figures without a display."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,37 @@ from torch import Tensor
 from ultramem.errors import DataError
 from ultramem.files import staged_file
 
-TOKENS, TRAIN_LOSS, VALIDATION_LOSS = "throughput/total tokens", "train/CE loss", "validation/CE loss"
-_COVERAGE = re.compile(r"memory/(\d+)/value_coverage")
-_DOTS_PER_INCH = 130
-# The first losses fall from the logarithm of the vocabulary: shown, they would flatten everything after.
-_SHOWN_FROM_SHARE = 0.08
+TRAIN_LOSS, VALIDATION_LOSS = "train/CE loss", "validation/CE loss"
+TOKENS, SPEED = "throughput/total tokens", "throughput/tokens per second"
+DOTS_PER_INCH = 130
 
 
 def load_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read a run's `metrics.jsonl`.
+    """Read a run's `metrics.jsonl`: one row per step, in order.
+
+    A last line that a kill tore is left out. Where a resumed run went back, its rows replace those of the abandoned
+    steps.
 
     Raises:
-        DataError: the file is not there, or a line is not a JSON object.
+        DataError: the file is not there, or a line is not a JSON object with a step.
     """
+    remedy = "Name the folder of a run of `ultramem train`."
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        *lines, torn = file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} cannot be read as metrics ({error}). Name the folder of a run of `ultramem train`."
-        ) from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file} holds lines that are no JSON objects. Name the folder of a run of `ultramem train`.")
-    return rows
+        raise DataError(f"{file} cannot be read as metrics ({error}). {remedy}") from error
+    if torn:
+        with suppress(ValueError):
+            rows.append(json.loads(torn))
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{file} holds lines that are no JSON objects with a step. {remedy}")
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -46,50 +55,7 @@ def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float]
 def save(figure: Figure, file: Path) -> None:
     """Write a PNG, complete or not at all."""
     with staged_file(file) as stage:
-        figure.savefig(stage, format="png", dpi=_DOTS_PER_INCH)
-
-
-def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Training (thin) and validation (thick) loss of several runs over training tokens.
-
-    Args:
-        runs: name → the run's metrics.
-    """
-    figure, axes = _figure("training tokens, millions", "loss, nats per token")
-    shown = []
-    styles = {
-        TRAIN_LOSS: ("training", {"alpha": 0.35, "linewidth": 1}),
-        VALIDATION_LOSS: ("validation", {"marker": "o", "markersize": 3}),
-    }
-    for number, (name, metrics) in enumerate(runs.items()):
-        tokens_of_step = dict(zip(*series(metrics, TOKENS), strict=True))
-        for metric, (kind, style) in styles.items():
-            recorded = zip(*series(metrics, metric), strict=True)
-            points = [(tokens_of_step[step] / 1e6, loss) for step, loss in recorded if step in tokens_of_step]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{number}", label=f"{name}, {kind}", **style)
-            shown += points
-    if shown:
-        from_tokens = _SHOWN_FROM_SHARE * max(tokens for tokens, _ in shown)
-        losses = [loss for tokens, loss in shown if tokens >= from_tokens]
-        margin = 0.05 * (max(losses) - min(losses)) or 0.1
-        axes.set_ylim(min(losses) - margin, max(losses) + margin)
-    axes.legend()
-    return figure
-
-
-def plot_coverage(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of each memory's slots that were read since the previous report, over training steps."""
-    figure, axes = _figure("step", "slots read since the last report, %")
-    names = sorted({name for row in metrics for name in row if _COVERAGE.fullmatch(name)}, key=_memory_number)
-    for name in names:
-        steps, shares = series(metrics, name)
-        axes.plot(
-            steps, [100 * share for share in shares], marker="o", markersize=3, label=f"memory {_memory_number(name)}"
-        )
-    axes.set_ylim(0, 102)
-    axes.legend()
-    return figure
+        figure.savefig(stage, format="png", dpi=DOTS_PER_INCH)
 
 
 def plot_usage(counts: Sequence[Tensor]) -> Figure:
@@ -141,17 +107,21 @@ def plot_recall(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def make_figure(width: float = 7.2, height: float = 4.2) -> Figure:
+    """An empty figure, in inches, that leaves room for what is written beside its axes."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def tidy(axes: Axes) -> None:
+    """A light grid, and no lines above and to the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _figure(x_label: str, y_label: str, height: float = 4.2) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = make_figure(height=height)
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return figure, axes
-
-
-def _memory_number(name: str) -> int:
-    match = _COVERAGE.fullmatch(name)
-    assert match is not None
-    return int(match[1])

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, draw_pool
+from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, Statistics, draw_pool
 from ultramem.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from ultramem.layers.peer import PEER, PEERConfig
 from ultramem.layers.pkm import PKM, PKMConfig
@@ -42,6 +42,7 @@ __all__ = [
     "PKMConfig",
     "RingWindow",
     "Span",
+    "Statistics",
     "UltraMem",
     "UltraMemLayerConfig",
     "UltraMemV2",

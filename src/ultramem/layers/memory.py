@@ -18,6 +18,10 @@ from ultramem.layers.table import MemoryPool, RingWindow, window_side
 _SHARE_ROUNDING = 2e-3
 
 
+# Which statistics a memory returns: none, the cheap ones, or also the recall of its search, which scores whole grids.
+Statistics = bool | Literal["recall"]
+
+
 class MemoryOutput(NamedTuple):
     """What a memory layer returns.
 
@@ -241,7 +245,7 @@ class MemoryLayer(nn.Module):
                 parameter.zero_()
 
     def forward(
-        self, x: Tensor, pool: MemoryPool, past: Tensor | None = None, *, return_statistics: bool = False
+        self, x: Tensor, pool: MemoryPool, past: Tensor | None = None, *, return_statistics: Statistics = False
     ) -> MemoryOutput:
         """Look up and pool the slots that each token selects.
 
@@ -251,7 +255,7 @@ class MemoryLayer(nn.Module):
             past: for a layer whose queries look back, up to ``config.num_past_tokens`` inputs [..., P, D] right before
                 x; zeros stand for what is missing.
             return_statistics: also return ``slots_NK`` (virtual slots, int64), ``scores_NK`` (mean over cores),
-                ``output_std`` and what the layer adds.
+                ``output_std`` and what the layer adds; with ``"recall"`` that of the search too, where it is inexact.
 
         Returns:
             The output, with losses and statistics as values.
@@ -267,7 +271,10 @@ class MemoryLayer(nn.Module):
             weights_NKC = weights_NKC * self.activate(pool.dot_pre_values(rows_NK, inputs_NU))[..., None]
         pooled = self.pool_rows(pool, virtual_NK, rows_NK, weights_NKC)
         y_ND = self.project(x_ND, pooled)
-        statistics = self._statistics(virtual_NK, scores_NKC, y_ND) if return_statistics else {}
+        statistics = {}
+        if return_statistics:
+            statistics = self._statistics(virtual_NK, scores_NKC, y_ND)
+            statistics |= self.further_statistics(retrieved, with_recall=return_statistics == "recall")
         return MemoryOutput(y_ND.view(*x.shape[:-1], self.hidden_size), self.losses(retrieved), statistics)
 
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
@@ -302,7 +309,7 @@ class MemoryLayer(nn.Module):
         """Weighted auxiliary losses."""
         return {}
 
-    def further_statistics(self) -> dict[str, Tensor]:
+    def further_statistics(self, retrieved: Retrieved, with_recall: bool) -> dict[str, Tensor]:
         """Measurements beside those that every layer makes."""
         return {}
 
@@ -312,7 +319,6 @@ class MemoryLayer(nn.Module):
             "slots_NK": virtual_NK,
             "scores_NK": scores_NKC.detach().mean(-1),
             "output_std": y_ND.detach().float().std(),
-            **self.further_statistics(),
         }
 
     def extra_repr(self) -> str:

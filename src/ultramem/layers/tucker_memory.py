@@ -12,7 +12,10 @@ from ultramem.errors import ConfigError
 from ultramem.layers.memory import MemoryConfig, MemoryLayer
 from ultramem.layers.retrieval import Retrieved, TuckerRetrieval, is_loaded
 from ultramem.layers.table import MemoryPool
-from ultramem.ops import Search, check_search, product_topk_flops
+from ultramem.ops import Search, check_search, product_topk_flops, search_recall
+
+# Tokens of one forward pass on which the search is compared with the exact one.
+_RECALL_TOKENS = 64
 
 
 @strict
@@ -183,6 +186,23 @@ class TuckerMemory(MemoryLayer):
             losses["key_balance"] = self.config.key_balance_weight * self.retrieval.key_balance(retrieved)
         return losses
 
-    def further_statistics(self) -> dict[str, Tensor]:
-        """``singular_values`` [H, r] of the summed cores."""
-        return {"singular_values": torch.linalg.svdvals(self.retrieval.cores.float().sum(0))}
+    @torch.no_grad()
+    def further_statistics(self, retrieved: Retrieved, with_recall: bool) -> dict[str, Tensor]:
+        """``singular_values`` [H, r] of the summed cores; ``recall_M`` of an inexact search on M evenly spread tokens.
+
+        M = min(N, 64): the exact search scores the whole grid.
+        """
+        statistics = {"singular_values": torch.linalg.svdvals(self.retrieval.cores.float().sum(0))}
+        if with_recall and self.config.search != "exact":
+            sample_M = _spread_tokens(len(retrieved.slots_NHK), retrieved.slots_NHK.device)
+            row_MHSr, col_MHSr = retrieved.row_scores_NHSr[sample_M], retrieved.col_scores_NHSr[sample_M]
+            cores = self.retrieval.cores.to(row_MHSr.dtype)
+            statistics["recall_M"] = search_recall(row_MHSr, col_MHSr, cores, retrieved.slots_NHK[sample_M])
+        return statistics
+
+
+def _spread_tokens(num_tokens: int, device: torch.device) -> Tensor:
+    """Up to 64 token numbers from the first to the last, int64."""
+    num_sampled = min(num_tokens, _RECALL_TOKENS)
+    # No stride that may divide the sequence length, which would sample the same position of every sequence.
+    return torch.arange(num_sampled, device=device) * (num_tokens - 1) // max(1, num_sampled - 1)

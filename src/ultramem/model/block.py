@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm
 
-from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool
+from ultramem.layers import MEMORY_TYPES, MemoryOutput, MemoryPool, Statistics
 from ultramem.model.configuration import UltraMemConfig
 from ultramem.model.ffn import build_ffn
 
@@ -59,7 +59,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         arriving: tuple[Tensor, ...] = (),
         pool: MemoryPool | None = None,
-        output_memory_statistics: bool = False,
+        output_memory_statistics: Statistics = False,
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BlockOutput:

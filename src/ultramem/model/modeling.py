@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ultramem.errors import ConfigError
-from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, draw_pool
+from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, Statistics, draw_pool
 from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.block import UltraMemDecoderLayer
@@ -219,7 +219,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_memory_statistics: bool = False,
+        output_memory_statistics: Statistics = False,
         **kwargs: Any,
     ) -> UltraMemModelOutput:
         """Run the decoder on token ids or embeddings.
@@ -231,7 +231,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
             past_key_values: KV cache to extend.
             inputs_embeds: [B, T, D].
             use_cache: return a KV cache.
-            output_memory_statistics: return each memory's statistics.
+            output_memory_statistics: return each memory's statistics; ``"recall"`` for that of the search too.
             **kwargs: passed to the attention of every block.
 
         Raises:
@@ -330,7 +330,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_memory_statistics: bool = False,
+        output_memory_statistics: Statistics = False,
         **kwargs: Any,
     ) -> UltraMemCausalLMOutput:
         """Predict the next token; arguments as in `UltraMemModel.forward`.
@@ -344,7 +344,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             labels: [B, T] token ids, shifted here; −100 is ignored. With labels the result has a loss.
             use_cache: return a KV cache.
             logits_to_keep: compute only the last so many positions' logits, or those of the given indices; 0 for all.
-            output_memory_statistics: return each memory's statistics.
+            output_memory_statistics: return each memory's statistics; ``"recall"`` for that of the search too.
             **kwargs: passed to the loss and to the attention of every block.
         """
         outputs = self.model(

@@ -10,6 +10,7 @@ from ultramem.ops.product_topk import (
     product_topk,
     product_topk_flops,
     product_topk_reference,
+    search_recall,
 )
 from ultramem.ops.row_gradients import RowContribution, RowGradients
 from ultramem.ops.scatter import scatter, scatter_reference
@@ -31,4 +32,5 @@ __all__ = [
     "product_topk_reference",
     "scatter",
     "scatter_reference",
+    "search_recall",
 ]

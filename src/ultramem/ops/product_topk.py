@@ -148,6 +148,29 @@ def product_topk_reference(
     return scores_NHKC.contiguous(), rows * row_scores_NHSr.shape[2] + cols
 
 
+@torch.no_grad()
+@without_autocast
+def search_recall(
+    row_scores_NHSr: Tensor, col_scores_NHSr: Tensor, cores_CHrr: Tensor | None, slots_NHK: Tensor
+) -> Tensor:
+    """Share of the exact search's slots that a search found: its recall, for each token.
+
+    Args:
+        row_scores_NHSr: fine scores of the row keys, as the search was given them.
+        col_scores_NHSr: the same for the column keys.
+        cores_CHrr: the Tucker cores; None for additive scores.
+        slots_NHK: grid indices that the search found, int64.
+
+    Returns:
+        [N] in [0, 1], averaged over heads, in the dtype of the fine scores; carries no gradient.
+    """
+    core_Hrr = None if cores_CHrr is None else cores_CHrr.sum(0)
+    rows, cols = _best_of_grid(row_scores_NHSr, col_scores_NHSr, core_Hrr, slots_NHK.shape[2])
+    exact_NHK = rows * row_scores_NHSr.shape[2] + cols
+    found_NHK = (exact_NHK[..., None] == slots_NHK[:, :, None]).any(-1)
+    return found_NHK.to(row_scores_NHSr.dtype).mean((1, 2))
+
+
 @torch.library.custom_op("ultramem::product_topk", mutates_args=())
 def _product_topk(
     row_scores_NHSr: Tensor,

@@ -5,6 +5,7 @@ run finds every line up to its step in ``metrics.jsonl`` and adds the rest.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from olmo_core.distributed.utils import get_rank
-from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback
+from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback, WandBCallback
+from olmo_core.train.callbacks.wandb import WANDB_API_KEY_ENV_VAR
 from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ultramem.errors import ConfigError
 from ultramem.evaluation.perplexity import PerplexityResult
 from ultramem.files import staged_file
+from ultramem.training.config import RunConfig
 
 VALIDATION_LOSS_METRIC = "validation/CE loss"
 _VALIDATION_PREFIX, _TASK_PREFIX = "validation/", "tasks/"
@@ -57,6 +61,7 @@ class Throughput(SpeedMonitorCallback):
         tokens_per_second = self.trainer.global_batch_size / (time.perf_counter() - self._start_time)
         self.trainer.record_metric(SPEED_METRIC, tokens_per_second)
         self.trainer.record_metric("throughput/total tokens", self.trainer.global_train_tokens_seen)
+        self.trainer.record_metric("throughput/total petaflops", self.trainer.global_train_petaflops)
 
     def post_step(self) -> None:
         """Nothing: replaces the base class's bookkeeping."""
@@ -171,6 +176,44 @@ class TensorBoard(Callback):
         """Flushes the events."""
         if writer := self.__dict__.pop("_writer", None):
             writer.close()
+
+
+@dataclass
+class WeightsAndBiases(WandBCallback):
+    """OLMo-core's callback, which sends the metrics of every step to Weights & Biases."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """Ends the run there, once."""
+        # The base class passes an argument that newer versions of the package do not take.
+        if not self.finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True
+
+
+def weights_and_biases(config: RunConfig) -> WeightsAndBiases:
+    """The callback that a config asks for.
+
+    Args:
+        config: a run with ``logging.wandb``.
+
+    Raises:
+        ConfigError: the package or the key is missing.
+    """
+    assert config.logging.wandb is not None
+    off = "or switch it off with 'logging.wandb: null'"
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"'logging.wandb' needs the package wandb: pip install 'ultramem[wandb]', {off}") from error
+    if WANDB_API_KEY_ENV_VAR not in os.environ:
+        raise ConfigError(
+            f"'logging.wandb' needs your key in the environment variable {WANDB_API_KEY_ENV_VAR} (any text will do "
+            f"with WANDB_MODE=offline), {off}"
+        )
+    settings = config.logging.wandb.as_dict()
+    settings["name"] = settings["name"] or config.save_folder.resolve().name
+    # Looking for a tag that cancels the run would be a request at every step; a signal stops a run.
+    return WeightsAndBiases(**settings, config=config.as_dict(json_safe=True), cancel_tags=None)
 
 
 @dataclass

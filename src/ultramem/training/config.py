@@ -119,12 +119,25 @@ class CheckpointSection(Config):
 
 
 @dataclass
+class WandbSection(Config):
+    """Where a run appears on Weights & Biases; a run without a name has that of its folder."""
+
+    project: str | None = None  # required
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] | None = None
+    notes: str | None = None
+
+
+@dataclass
 class LoggingSection(Config):
-    """How often metrics go to the terminal, ``metrics.jsonl`` and TensorBoard."""
+    """How often metrics go to the terminal, ``metrics.jsonl`` and TensorBoard, and whether to Weights & Biases."""
 
     interval_steps: int = 10
     tensorboard: bool = True
     memory_interval_steps: int | None = 50  # None: no memory statistics
+    wandb: WandbSection | None = None
 
 
 @dataclass
@@ -190,6 +203,8 @@ class RunConfig(Config):
                 f"'training.micro_batch_sequences' ({self.micro_batch_sequences}) must divide "
                 f"'training.global_batch_sequences' ({self.training.global_batch_sequences})"
             )
+        if self.logging.wandb is not None and not self.logging.wandb.project:
+            raise ConfigError("'logging.wandb.project' is missing: name the project, or set 'logging.wandb' to null")
         if self.optimizer.table_lr is not None and self.optimizer.table_lr_multiplier is not None:
             raise ConfigError(
                 "give only one of 'optimizer.table_lr', a constant rate, and 'optimizer.table_lr_multiplier'; given: "

@@ -40,8 +40,8 @@ class MemoryMeter:
     def reset(self) -> None:
         """Forgets everything: the start of a new logging period."""
         self.counts_S = torch.zeros(self.num_slots, dtype=torch.int64)
-        # num_tokens, Σ top-1 score, Σ mean selected score, Σ output variance · tokens
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        # num_tokens, Σ top-1 score, Σ mean selected score, Σ output variance · tokens, Σ recall, tokens with a recall
+        self.sums = torch.zeros(6, dtype=torch.float64)
         self.singular_values: Tensor | None = None
 
     def update(self, statistics: dict[str, Any]) -> None:
@@ -49,7 +49,8 @@ class MemoryMeter:
 
         Args:
             statistics: ``slots_NK`` int64 selected virtual slots, ``scores_NK`` their scores (mean over cores),
-                ``output_std`` scalar, and with Tucker scores ``singular_values`` [heads, rank].
+                ``output_std`` scalar; with Tucker scores ``singular_values`` [heads, rank]; where the recall of the
+                search was measured, ``recall_M`` of the sampled tokens.
         """
         slots_NK, scores_NK = statistics["slots_NK"].detach(), statistics["scores_NK"].detach().double()
         self.counts_S, self.sums = self.counts_S.to(slots_NK.device), self.sums.to(slots_NK.device)
@@ -57,12 +58,15 @@ class MemoryMeter:
         self.counts_S.index_add_(0, flat, torch.ones_like(flat))
         num_tokens = slots_NK.shape[0]
         variance = statistics["output_std"].detach().double().square()
+        recall_M = statistics.get("recall_M", scores_NK.new_empty(0)).double()
         self.sums += torch.stack(
             [
                 scores_NK.new_full((), num_tokens),
                 scores_NK.amax(dim=-1).sum(),
                 scores_NK.mean(dim=-1).sum(),
                 variance * num_tokens,
+                recall_M.sum(),
+                scores_NK.new_full((), recall_M.numel()),
             ]
         )
         # Of Tucker cores; additive scores have none.
@@ -70,12 +74,12 @@ class MemoryMeter:
             self.singular_values = statistics["singular_values"].detach()
 
     def read(self) -> dict[str, float]:
-        """The period's metrics over all processes: coverage, divergence, scores, output std, singular values."""
+        """The period's metrics over all processes: usage, scores, output std, recall, singular values."""
         counts_S, sums = self.counts_S.clone(), self.sums.clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts_S)
             dist.all_reduce(sums)
-        num_tokens, top1, mean, variance = sums.tolist()
+        num_tokens, top1, mean, variance, recall, num_recall_tokens = sums.tolist()
         if not num_tokens:
             return {}
         metrics = {
@@ -85,6 +89,8 @@ class MemoryMeter:
             "mean_score": mean / num_tokens,
             "output_std": (variance / num_tokens) ** 0.5,
         }
+        if num_recall_tokens:
+            metrics["search_recall"] = recall / num_recall_tokens
         if self.singular_values is not None:
             for head, values in enumerate(self.singular_values.tolist()):
                 for i, value in enumerate(values):

@@ -27,6 +27,7 @@ from ultramem.training.callbacks import (
     ProgressLine,
     TensorBoard,
     Throughput,
+    weights_and_biases,
 )
 from ultramem.training.checkpoints import (
     RunCheckpointer,
@@ -235,6 +236,8 @@ def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: Dat
     callbacks |= build_validation(model, config, manifest)
     if config.logging.tensorboard:
         callbacks["tensorboard"] = TensorBoard(str(run_folder / "tensorboard"), interval)
+    if config.logging.wandb is not None:
+        callbacks["wandb"] = weights_and_biases(config)
     return callbacks
 
 

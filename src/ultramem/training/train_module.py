@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ultramem.errors import ConfigError, TrainingError
 from ultramem.evaluation.mode import evaluating
+from ultramem.layers import Statistics
+from ultramem.training.callbacks import is_due
 from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
 from ultramem.training.memory_metrics import build_meters
@@ -118,7 +120,7 @@ class UltraMemTrainModule(TrainModule):
     def _micro_batch_loss(self, micro_batch: dict[str, Any], num_targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         labels_BT = micro_batch["labels"]
         with self._autocast():
-            options = {"output_memory_statistics": True} if self.memory_meters else {}
+            options = {"output_memory_statistics": self._memory_statistics()} if self.memory_meters else {}
             output = self.model(input_ids=micro_batch["input_ids"], use_cache=False, **options)
         parts = {"cross_entropy": next_token_losses(output.logits, labels_BT).sum() / num_targets}
         share = (labels_BT != IGNORED_LABEL).sum() / num_targets
@@ -129,6 +131,11 @@ class UltraMemTrainModule(TrainModule):
         ):
             meter.update(statistics)
         return torch.stack(list(parts.values())).sum(), parts
+
+    def _memory_statistics(self) -> Statistics:
+        # The exact search scores whole grids: only at the steps that are reported.
+        interval_steps = self.config.logging.memory_interval_steps
+        return "recall" if is_due(self.trainer.global_step, interval_steps, self.trainer.max_steps) else True
 
     def eval_batch(self, batch: dict[str, Any], labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, vocabulary] and, given labels, the loss per position [B, T] (0 where ignored)."""
