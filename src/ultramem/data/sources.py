@@ -165,7 +165,8 @@ def _common_settings(folders: Sequence[DataManifest], raw: RawSettings) -> DataM
             if getattr(other, key) != getattr(first, key):
                 raise DataError(
                     f"the sources {first.folder} and {other.folder} do not fit together: {key} is "
-                    f"{getattr(first, key)} in one and {getattr(other, key)} in the other. Prepare both with the same tokenizer"
+                    f"{getattr(first, key)} in one and {getattr(other, key)} in the other. Prepare both with the "
+                    "same tokenizer"
                 )
         if stored_vocabulary(other.tokenizer_folder / "tokenizer.json") != vocabulary:
             raise DataError(
