@@ -27,8 +27,8 @@ def dolma(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dolma")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    command = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
-    result = subprocess.run([*command, *PACKAGES], capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    result = subprocess.run([*pip, "install", "--quiet", "--no-compile", *PACKAGES], capture_output=True, text=True)
     assert result.returncode == 0, f"{' '.join(PACKAGES)} could not be installed from the registry:\n{result.stderr}"
     return folder / "bin" / "dolma"
 
