@@ -22,22 +22,41 @@ class DataSplit:
 
     Attributes:
         num_tokens: tokens in the files, the token that ends each document included.
-        num_bytes: UTF-8 bytes of the documents' text.
-        num_documents: documents.
+        num_bytes: UTF-8 bytes of the documents' text; None for raw token files, which do not say.
+        num_documents: documents; None for raw token files.
         files: absolute paths of the token files, in order.
         file_tokens: tokens of each file.
     """
 
     num_tokens: int
-    num_bytes: int
-    num_documents: int
+    num_bytes: int | None
+    num_documents: int | None
     files: tuple[Path, ...]
     file_tokens: tuple[int, ...]
 
     @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token: what turns a loss per token into bits per byte."""
-        return self.num_bytes / self.num_tokens
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text per token: what turns a loss per token into bits per byte; None if they are not known."""
+        return None if self.num_bytes is None else self.num_bytes / self.num_tokens
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One source of a mixture.
+
+    Attributes:
+        name: its folder, or its first file pattern.
+        weight: its share of the training tokens; the weights of a mixture add up to 1.
+        files: absolute paths of its token files, in order.
+        num_tokens: tokens in them.
+        fingerprint: of its content.
+    """
+
+    name: str
+    weight: float
+    files: tuple[Path, ...]
+    num_tokens: int
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,9 @@ class DataManifest:
         pad_token_id: the token for padding; equals `eos_token_id` where the tokenizer has none.
         sources: what the data were made from.
         seed: seed of the split and the order.
-        splits: "train" and "validation".
+        splits: "train" and "validation"; raw token files may come without "validation".
+        mixture: the sources of the training tokens where there are several, with weights; else empty.
+        tokenizer: the tokenizer's folder or file, where the data folder does not hold it.
     """
 
     folder: Path
@@ -65,11 +86,18 @@ class DataManifest:
     sources: tuple[str, ...]
     seed: int
     splits: dict[str, DataSplit]
+    mixture: tuple[MixtureSource, ...] = ()
+    tokenizer: Path | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The Hugging Face tokenizer folder that belongs to the tokens."""
+        """The Hugging Face tokenizer folder of a data folder."""
         return self.folder / TOKENIZER_FOLDER
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that belongs to the tokens: a Hugging Face folder, or a bare tokenizer.json-style file."""
+        return self.tokenizer or self.tokenizer_folder
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> DataManifest:

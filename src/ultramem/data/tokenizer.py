@@ -1,7 +1,9 @@
 """Tokenizers: loaded from a folder, a file or the hub, or trained on a corpus."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -150,6 +152,57 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> It
             yield encoding.ids
     finally:
         backend.encode_special_tokens = False
+
+
+def load_tokenizer_with_ids(path: Path, eos_token_id: int | None, pad_token_id: int | None) -> PreTrainedTokenizerFast:
+    """Load a tokenizer and name its special tokens by their ids, as the command that made the token files did.
+
+    Args:
+        path: a Hugging Face tokenizer folder or a bare tokenizer.json-style file.
+        eos_token_id: the token that ends a text; None takes the tokenizer's own.
+        pad_token_id: the token for padding; None takes the tokenizer's own.
+
+    Raises:
+        DataError: nothing can be loaded from there, an id is not one of its tokens, or none ends a text.
+    """
+    if not path.exists():
+        raise DataError(
+            f"there is no tokenizer file or folder '{path}'; give a tokenizer folder or a tokenizer.json file"
+        )
+    tokenizer = _load_file(path, None) if path.is_file() else _load_pretrained(str(path))
+    for key, token_id in (("eos_token", eos_token_id), ("pad_token", pad_token_id)):
+        if token_id is None:
+            continue
+        token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
+        if token is None:
+            raise DataError(
+                f"the tokenizer '{path}' has no token {token_id}, given as {key}_id: its ids are 0 to "
+                f"{vocabulary_size(tokenizer) - 1}"
+            )
+        setattr(tokenizer, key, token)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer '{path}' does not say which token ends a document: give its id, eos_token_id")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stored_vocabulary(file: Path) -> tuple[Any, ...]:
+    """What decides which text a token id stands for; settings of padding and truncation do not.
+
+    Args:
+        file: a tokenizer.json.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        model = tokenizer["model"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{file} is not a tokenizer file ({error!r}). Copy it again.") from error
+    added = {(entry["id"], entry["content"]) for entry in tokenizer.get("added_tokens", [])}
+    return model.get("type"), model.get("vocab"), model.get("merges"), added
 
 
 def _wrap(backend: Tokenizer, eos_token: str | None, pad_token: str | None) -> PreTrainedTokenizerFast:

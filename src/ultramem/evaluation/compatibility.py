@@ -1,10 +1,9 @@
 """Whether a data folder can be used with a checkpoint: its splits, and one vocabulary on both sides."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ultramem.data.manifest import DataManifest, DataSplit
+from ultramem.data.tokenizer import stored_vocabulary
 from ultramem.errors import DataError
 
 
@@ -42,22 +41,12 @@ def check_same_vocabulary(model_folder: Path, model_vocab_size: int, manifest: D
             f"the tokens in {data} come from a vocabulary of {manifest.vocab_size}, the model in {model_folder} has "
             f"only {model_vocab_size}. {remedy}"
         )
-    files = (model_folder / "tokenizer.json", manifest.tokenizer_folder / "tokenizer.json")
+    of_data = manifest.tokenizer_path
+    files = (model_folder / "tokenizer.json", of_data / "tokenizer.json" if of_data.is_dir() else of_data)
     if all(file.is_file() for file in files):
-        of_model, of_data = (_vocabulary(file) for file in files)
-        if of_model != of_data:
+        model_vocabulary, data_vocabulary = (stored_vocabulary(file) for file in files)
+        if model_vocabulary != data_vocabulary:
             raise DataError(
                 f"the tokens in {data} were made with another tokenizer than that of {model_folder} (their "
                 f"tokenizer.json files hold different vocabularies). {remedy}"
             )
-
-
-def _vocabulary(file: Path) -> tuple[Any, ...]:
-    """What decides which text a token id stands for; settings of padding and truncation do not."""
-    try:
-        tokenizer = json.loads(file.read_text(encoding="utf-8"))
-        model = tokenizer["model"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{file} is not a tokenizer file ({error!r}). Copy it again.") from error
-    added = {(entry["id"], entry["content"]) for entry in tokenizer.get("added_tokens", [])}
-    return model.get("type"), model.get("vocab"), model.get("merges"), added

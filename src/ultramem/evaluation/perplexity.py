@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ultramem.errors import DataError
 from ultramem.evaluation.mode import evaluating
+from ultramem.model.packing import document_positions
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def evaluate_perplexity(
     bytes_per_token: float | None = None,
     dtype: torch.dtype = torch.float32,
     max_tokens: int | None = None,
+    document_end: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
     """Measure the loss on raw token files.
@@ -79,6 +81,8 @@ def evaluate_perplexity(
         dtype: arithmetic of the matrix products (autocast when it is not float32); the loss is always summed in fp64
             from fp32 logits.
         max_tokens: predict only the first so many tokens; None for all.
+        document_end: the token that ends a document, for a model trained with masked documents: a token then sees its
+            own document only. None lets it see the whole window.
         progress: called after each batch with the number of tokens it predicted.
 
     Returns:
@@ -99,7 +103,7 @@ def evaluate_perplexity(
         for input_ids_BT, labels_BT in iterate_windows(
             token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens
         ):
-            loss_sum += _sum_of_losses(model, input_ids_BT, labels_BT, dtype)
+            loss_sum += _sum_of_losses(model, input_ids_BT, labels_BT, dtype, document_end)
             num_tokens += labels_BT.numel()
             if progress is not None:
                 progress(labels_BT.numel())
@@ -164,7 +168,11 @@ def _cut(tokens: np.ndarray, start: int, num_rows: int, length_tokens: int) -> t
 
 @torch.inference_mode()
 def _sum_of_losses(
-    model: PreTrainedModel, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor, dtype: torch.dtype
+    model: PreTrainedModel,
+    input_ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    dtype: torch.dtype,
+    document_end: int | None,
 ) -> float:
     vocab_size = model.config.vocab_size
     largest = int(max(input_ids_BT.max(), labels_BT.max()))
@@ -175,8 +183,11 @@ def _sum_of_losses(
         )
     device = model.device
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    inputs = {"input_ids": input_ids_BT.to(device)}
+    if document_end is not None:
+        inputs["position_ids"] = document_positions(inputs["input_ids"], document_end)
     with autocast:
-        logits_BTW = model(input_ids=input_ids_BT.to(device), use_cache=False).logits
+        logits_BTW = model(**inputs, use_cache=False).logits
     labels_BT = labels_BT.to(device)
     # Row by row: a whole batch of fp32 logits is the largest tensor of the evaluation.
     losses = [

@@ -20,6 +20,7 @@ from olmo_core.train.checkpoint import Checkpointer
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ultramem.data.tokenizer import load_tokenizer_with_ids
 from ultramem.errors import CheckpointError
 from ultramem.files import staged_folder
 
@@ -115,22 +116,29 @@ def _disk_error(error: BaseException | None) -> str | None:
     return None
 
 
-def export_model(model: PreTrainedModel, tokenizer_folder: Path, target: Path) -> None:
-    """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place."""
+def export_model(model: PreTrainedModel, tokenizer_path: Path, target: Path) -> None:
+    """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place.
+
+    A bare tokenizer file becomes a folder, with the special tokens that the model's configuration names by id.
+    """
     with staged_folder(target) as stage:
         bars_shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         model.save_pretrained(stage)
         if bars_shown:
             hf_logging.enable_progress_bar()
-        shutil.copytree(tokenizer_folder, stage, dirs_exist_ok=True)
+        if tokenizer_path.is_dir():
+            shutil.copytree(tokenizer_path, stage, dirs_exist_ok=True)
+        else:
+            ids = model.config.eos_token_id, model.config.pad_token_id
+            load_tokenizer_with_ids(tokenizer_path, *ids).save_pretrained(stage)
 
 
 @dataclass
 class RunCheckpointer(CheckpointerCallback):
     """OLMo-core's checkpointer callback plus model exports, and a kept count that survives resuming."""
 
-    tokenizer_folder: str = ""
+    tokenizer_path: str = ""
 
     def post_checkpoint_loaded(self, path: str) -> None:
         """Marks the loaded step as saved: OLMo-core would save it again at the end and fail, the folder being there."""
@@ -181,4 +189,4 @@ class RunCheckpointer(CheckpointerCallback):
 
     def _export(self, path: str) -> None:
         if get_rank() == 0:
-            export_model(self.trainer.train_module.model, Path(self.tokenizer_folder), Path(path + "-hf"))
+            export_model(self.trainer.train_module.model, Path(self.tokenizer_path), Path(path + "-hf"))

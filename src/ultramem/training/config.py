@@ -15,6 +15,7 @@ import yaml
 from olmo_core.config import Config
 
 from ultramem.errors import ConfigError
+from ultramem.training.data_section import DataSection, check_maskable
 from ultramem.training.schema import check_section, parse_overrides, set_dotted
 
 # Arithmetic of forward and backward; weights, gradients and moments are fp32 either way.
@@ -28,19 +29,12 @@ ScheduleName = Literal["cosine", "wsd", "constant", "linear"]
 
 @dataclass
 class RunSection(Config):
-    """Where the run lives and the seed of everything random in it (initial weights, data order, dropout)."""
+    """Where the run lives, where its weights come from, and the seed of everything random in it."""
 
     save_folder: str | None = None  # None: runs/<name of the YAML file>
     seed: int = 0
-
-
-@dataclass
-class DataSection(Config):
-    """The folder that ``ultramem data prepare`` wrote, and the length of one training sequence."""
-
-    folder: str | None = None
-    sequence_length_tokens: int = 1024
-    fingerprint: str | None = None  # None: taken from the folder; otherwise it must match
+    load_path: str | None = None  # run folder, stepN or model folder whose weights the run starts from
+    load_optimizer: bool = False  # the moments too, from a training state
 
 
 @dataclass
@@ -186,8 +180,10 @@ class RunConfig(Config):
     def validate(self) -> None:
         """Raises ConfigError for values that no run can have."""
         _check_ranges(self)
-        if self.data.folder is None:
-            raise ConfigError("'data.folder' is missing: give the folder that `ultramem data prepare` wrote")
+        self.data.validate()
+        check_maskable(self.data.mask_documents, self.model)
+        if self.run.load_optimizer and self.run.load_path is None:
+            raise ConfigError("'run.load_optimizer' needs 'run.load_path': the checkpoint that the state comes from")
         if (self.training.max_tokens is None) == (self.training.max_steps is None):
             raise ConfigError(
                 "give the length of the run by exactly one of 'training.max_tokens' and 'training.max_steps'; "
@@ -242,7 +238,7 @@ def _check_wsd(config: RunConfig) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     at_least_one = {
-        "data": ["sequence_length_tokens"],
+        "data": ["sequence_length_tokens", "mixture_tokens"],
         "training": ["max_tokens", "max_steps", "global_batch_sequences", "micro_batch_sequences"],
         "validation": ["interval_steps", "tokens", "task_limit", "tasks_interval_steps"],
         "checkpoint": ["interval_steps", "keep"],

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ultramem.data.manifest import DataManifest
+from ultramem.data.sources import are_present
 from ultramem.layers import MemoryConfig
 from ultramem.model import UltraMemConfig
 from ultramem.model.accounting import cost_card
@@ -48,7 +49,7 @@ def resolve_dry_run(
     """
     config = load_config(path, overrides)
     vocab_size = config.model.get("vocab_size")
-    if Path(config.data.folder or "").exists() or vocab_size is None:
+    if are_present(config.data.specs()) or vocab_size is None:
         return resolve_config(path, overrides, scale)
     if scale is not None:
         # Without data, the vocabulary of a scaled run is the config's own.
@@ -174,6 +175,15 @@ def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[st
     ]
 
 
+def mixture_rows(config: RunConfig, manifest: DataManifest | None) -> list[tuple[str, str]]:
+    """Share of the run and passes over the data of every source of a mixture; nothing for other data."""
+    tokens = config.num_steps * config.global_batch_tokens
+    return [
+        (f"source {source.name}", f"{source.weight:.1%}, {tokens * source.weight / source.num_tokens:.2f} passes")
+        for source in (manifest.mixture if manifest is not None else ())
+    ]
+
+
 def format_bytes(num_bytes: int) -> str:
     """``1536`` → ``1.5 KiB``."""
     value, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -190,13 +200,15 @@ def print_dry_run(config: RunConfig, manifest: DataManifest | None) -> None:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    for name, text in summarize(config, manifest):
+    for name, text in [*summarize(config, manifest), *mixture_rows(config, manifest)]:
         table.add_row(name, text)
     console.print(table)
     if manifest is None:
+        sources = ", ".join(spec.name for spec in config.data.specs())
+        sources = f"folder {sources}" if config.data.folder is not None else sources
         console.print(
-            f"The data are not prepared: there is no folder {config.data.folder}. A real run needs it "
-            f"(`ultramem data prepare SOURCE… --output {config.data.folder} --tokenizer …`).",
+            f"The data are not prepared: there is no {sources}. A real run needs it (`ultramem data prepare SOURCE… "
+            f"--output {config.data.folder or 'FOLDER'} --tokenizer …`).",
             markup=False,
             highlight=False,
         )

@@ -15,7 +15,8 @@ from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
 
-from ultramem.data.manifest import DataManifest, load_manifest
+from ultramem.data.manifest import DataManifest
+from ultramem.data.sources import load_sources
 from ultramem.errors import CheckpointError, ConfigError, DataError
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
@@ -37,6 +38,7 @@ from ultramem.training.checkpoints import (
     remove_leftovers,
 )
 from ultramem.training.config import RunConfig, load_config
+from ultramem.training.loading import check_loadable, differing_settings, load_weights, starting_point
 from ultramem.training.scale import scale_config
 from ultramem.training.train_module import UltraMemTrainModule
 from ultramem.training.validation import build_validation
@@ -66,23 +68,25 @@ def resolve_config(
     config = load_config(path, overrides)
     if scale is not None:
         config = scale_config(config, model_config(config), scale)
-    folder = Path(config.data.folder or "")
-    if not folder.exists():
+    folder = config.data.folder
+    if folder is not None and not Path(folder).exists():
         raise DataError(
             f"there is no data folder '{folder}' ('data.folder'): make it with `ultramem data prepare SOURCE… --output "
             f"{folder} --tokenizer …` (the head of '{path}' may name the sources; for the demo: `make demo`); a dry "
             "run goes without it if 'model.vocab_size' is given"
         )
-    manifest = load_manifest(folder)
+    manifest = load_sources(config.data.specs(), config.data.raw_settings())
+    if manifest.mixture and config.data.mixture_tokens is None:
+        config.data.mixture_tokens = config.num_steps * config.global_batch_tokens
     given = config.model.get("vocab_size")
     if given is not None and given < manifest.vocab_size:
         raise ConfigError(
-            f"'model.vocab_size' is {given}, but the tokenizer of '{config.data.folder}' has {manifest.vocab_size} "
-            f"tokens: leave it out, or give {manifest.vocab_size} or more"
+            f"'model.vocab_size' is {given}, but the tokenizer of '{folder or manifest.tokenizer_path}' has "
+            f"{manifest.vocab_size} tokens: leave it out, or give {manifest.vocab_size} or more"
         )
     if config.data.fingerprint not in (None, manifest.fingerprint):
         raise ConfigError(
-            f"'data.fingerprint' is {config.data.fingerprint}, but '{config.data.folder}' has "
+            f"'data.fingerprint' is {config.data.fingerprint}, but '{folder or ', '.join(manifest.sources)}' has "
             f"{manifest.fingerprint}: it is not the data that this config was made for; leave the key out to accept"
         )
     config.data.fingerprint = manifest.fingerprint
@@ -139,6 +143,7 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
     ):
         remove_leftovers(run_folder)
         check_resumable(config)
+        check_loadable(config, model_config(config), manifest)
         _write_config(config, run_folder / "config.yaml")
         trainer = build_trainer(config, manifest)
         trainer.fit()
@@ -153,40 +158,40 @@ def check_resumable(config: RunConfig) -> None:
         return
     try:
         saved = load_config(config.save_folder / "config.yaml")
-        old = _flatten("model", model_config(saved).to_dict())
+        old = model_config(saved)
     except ConfigError as error:
         raise CheckpointError(
             f"'{config.save_folder}' holds step {steps[-1]} of a run, but the run's own config.yaml in it, which every "
             f"run writes at its start, cannot be used: restore that file from a copy, or set 'run.save_folder' to a "
             f"new folder ({error})"
         ) from error
-    differences = []
-    new = _flatten("model", model_config(config).to_dict())
-    for key in sorted((old.keys() | new.keys()) - {"model.transformers_version"}):
-        if old.get(key) != new.get(key):
-            differences.append(f"{key}: {old.get(key)} → {new.get(key)}")
-    unchangeable = ["data.fingerprint", "data.sequence_length_tokens", "run.seed", "optimizer.table_moments"]
-    for section, key in (name.split(".") for name in unchangeable):
+    changed = differing_settings(old, model_config(config))
+    differences = [text for key, text in changed.items() if key != "model.transformers_version"]
+    fixed = {
+        "data": ("fingerprint", "sequence_length_tokens", "mixture_tokens", "mask_documents"),
+        "run": ("seed",),
+        "optimizer": ("table_moments",),
+    }
+    for section, key in ((section, key) for section, keys in fixed.items() for key in keys):
         before, now = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
         if before != now:
             differences.append(f"{section}.{key}: {before} → {now}")
     if differences:
         raise CheckpointError(
             f"'{config.save_folder}' holds step {steps[-1]} of a run with other settings ({'; '.join(differences)}): "
-            "set 'run.save_folder' to a new folder, or restore these settings to resume"
+            "set 'run.save_folder' to a new folder, or restore these settings to resume (a new folder with "
+            f"'run.load_path: {config.save_folder}' starts from this run's weights)"
         )
 
 
-def _flatten(path: str, value: Any) -> dict[str, Any]:
-    """Nested settings as one dictionary with dotted keys."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {name: leaf for key in value for name, leaf in _flatten(f"{path}.{key}", value[key]).items()}
-
-
 def build_model(config: RunConfig) -> UltraMemForCausalLM:
-    """The model with initial weights, on the default device, in fp32."""
-    model = UltraMemForCausalLM(model_config(config)).to(get_default_device())
+    """The model in fp32 on the default device: initial weights, or those of a model folder in ``run.load_path``."""
+    start = starting_point(config)
+    if start is not None and start.model_folder is not None:
+        model = load_weights(start.model_folder, model_config(config))
+    else:
+        model = UltraMemForCausalLM(model_config(config))
+    model = model.to(get_default_device())
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.training.compile:
@@ -200,6 +205,8 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
     model = build_model(config)
     flops = TRAINING_FLOPS_FACTOR * cost_card(model.config).flops_per_token(config.data.sequence_length_tokens // 2)
     train_module = UltraMemTrainModule(model, parameter_roles(model), config, int(flops))
+    start = starting_point(config)
+    state = None if start is None else start.state
     # In the unit of the config: a resumed run with another batch size still ends after the same tokens.
     max_tokens = config.training.max_tokens
     duration = Duration.tokens(max_tokens) if max_tokens is not None else Duration.steps(config.num_steps)
@@ -210,6 +217,10 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
         max_duration=duration,
         # A signal ends the run after the step during which it came.
         cancel_check_interval=1,
+        # OLMo-core looks into the run folder first: only a run without a state of its own starts from here.
+        load_path=None if state is None else str(state),
+        load_trainer_state=None if state is None else False,
+        load_optim_state=None if state is None else config.run.load_optimizer,
         metrics_collect_interval=config.logging.interval_steps,
         callbacks=build_callbacks(model, config, manifest),
     )
@@ -228,7 +239,7 @@ def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: Dat
             save_async=config.checkpoint.save_async,
             # Saving before the first step would initialise AdamW's state by a step of its own.
             pre_train_checkpoint=False,
-            tokenizer_folder=str(manifest.tokenizer_folder),
+            tokenizer_path=str(manifest.tokenizer_path),
         ),
         "metrics_file": MetricsFile(str(run_folder / "metrics.jsonl"), interval),
         "progress": ProgressLine(interval_steps=interval),

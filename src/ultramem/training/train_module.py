@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ultramem.errors import ConfigError, TrainingError
 from ultramem.evaluation.mode import evaluating
 from ultramem.layers import Statistics
+from ultramem.model.packing import document_positions
 from ultramem.training.callbacks import is_due
 from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
@@ -121,7 +122,8 @@ class UltraMemTrainModule(TrainModule):
         labels_BT = micro_batch["labels"]
         with self._autocast():
             options = {"output_memory_statistics": self._memory_statistics()} if self.memory_meters else {}
-            output = self.model(input_ids=micro_batch["input_ids"], use_cache=False, **options)
+            inputs = self._model_inputs(micro_batch["input_ids"])
+            output = self.model(**inputs, use_cache=False, **options)
         parts = {"cross_entropy": next_token_losses(output.logits, labels_BT).sum() / num_targets}
         share = (labels_BT != IGNORED_LABEL).sum() / num_targets
         for name, auxiliary_loss in (getattr(output, "auxiliary_losses", None) or {}).items():
@@ -137,11 +139,18 @@ class UltraMemTrainModule(TrainModule):
         interval_steps = self.config.logging.memory_interval_steps
         return "recall" if is_due(self.trainer.global_step, interval_steps, self.trainer.max_steps) else True
 
+    def _model_inputs(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
+        """The model's inputs: with masked documents, positions that restart at each."""
+        if not self.config.data.mask_documents:
+            return {"input_ids": input_ids_BT}
+        end = self.config.model["eos_token_id"]
+        return {"input_ids": input_ids_BT, "position_ids": document_positions(input_ids_BT, end)}
+
     def eval_batch(self, batch: dict[str, Any], labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T, vocabulary] and, given labels, the loss per position [B, T] (0 where ignored)."""
         batch = move_to_device(batch, self.trainer.device)
         with evaluating(self.model), torch.no_grad(), self._autocast():
-            logits_BTV = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+            logits_BTV = self.model(**self._model_inputs(batch["input_ids"]), use_cache=False).logits
         if labels is None:
             return logits_BTV, None
         return logits_BTV, next_token_losses(logits_BTV, labels.to(logits_BTV.device))

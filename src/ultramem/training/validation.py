@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from olmo_core.train.callbacks import Callback
-from transformers import AutoTokenizer
 
 from ultramem.data.manifest import DataManifest, load_manifest
+from ultramem.data.tokenizer import load_tokenizer_with_ids
 from ultramem.evaluation.compatibility import check_same_vocabulary, split_of
 from ultramem.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from ultramem.model import UltraMemForCausalLM
@@ -32,8 +32,10 @@ def build_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: Da
     section = config.validation
     callbacks: dict[str, Callback] = {}
     if section.interval_steps is not None:
-        measure = partial(measure_validation, model, config, manifest)
-        callbacks["validation"] = Validation(section.interval_steps, measure)
+        # Raw token files may come without a validation split.
+        if _SPLIT in manifest.splits:
+            measure = partial(measure_validation, model, config, manifest)
+            callbacks["validation"] = Validation(section.interval_steps, measure)
         for name, folder in section.sets.items():
             measure = partial(measure_validation, model, config, _load_set(folder, model, manifest))
             callbacks[f"validation_{name}"] = Validation(section.interval_steps, measure, name)
@@ -54,13 +56,14 @@ def measure_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: 
         bytes_per_token=split.bytes_per_token,
         dtype=_arithmetic(config),
         max_tokens=config.validation.tokens,
+        document_end=manifest.eos_token_id if config.data.mask_documents else None,
     )
 
 
 def _load_set(folder: str, model: UltraMemForCausalLM, manifest: DataManifest) -> DataManifest:
     further = load_manifest(folder)
     split_of(further, _SPLIT)
-    check_same_vocabulary(manifest.tokenizer_folder, model.config.vocab_size, further)
+    check_same_vocabulary(manifest.tokenizer_path, model.config.vocab_size, further)
     return further
 
 
@@ -73,7 +76,7 @@ def _task_measurement(
     return partial(
         evaluate_tasks,
         model,
-        AutoTokenizer.from_pretrained(manifest.tokenizer_folder, local_files_only=True),
+        load_tokenizer_with_ids(manifest.tokenizer_path, manifest.eos_token_id, manifest.pad_token_id),
         load_tasks(config.validation.tasks),
         config.validation.task_limit,
         batch_size=config.micro_batch_sequences,
