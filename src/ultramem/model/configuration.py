@@ -1,10 +1,9 @@
 """UltraMemConfig: an OLMoE-style decoder with memory layers, in the names that transformers uses."""
 
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -13,6 +12,7 @@ from ultramem.errors import ConfigError
 from ultramem.layers import MEMORY_TYPES, MemoryConfig, Span, parse_placement
 from ultramem.model.ffn import FFNConfig, MoEFFNConfig, make_ffn_config
 from ultramem.model.presets import preset_settings
+from ultramem.model.sections import make_section
 
 _POSITIVE_SIZES = (
     "vocab_size",
@@ -31,19 +31,7 @@ def make_memory_config(settings: dict[str, Any]) -> MemoryConfig:
     Raises:
         ConfigError: an unknown type or field, or a value of the wrong type; names the field and what is allowed.
     """
-    kind = settings.get("type", next(iter(MEMORY_TYPES)))
-    if kind not in MEMORY_TYPES:
-        raise ConfigError(f"memory.type must be one of {', '.join(MEMORY_TYPES)}; got {kind!r}.")
-    config_class = MEMORY_TYPES[kind].config
-    allowed = [entry.name for entry in fields(config_class)]
-    if unknown := sorted(set(settings) - set(allowed)):
-        raise ConfigError(
-            f"memory.{unknown[0]} is no setting of a memory of type {kind}; allowed are {', '.join(allowed)}."
-        )
-    try:
-        return config_class(**settings)
-    except StrictDataclassError as error:
-        raise ConfigError(f"memory: {' '.join(str(error).split())}") from None
+    return make_section("memory", "a memory", settings, {name: kind.config for name, kind in MEMORY_TYPES.items()})
 
 
 def _check_rope_type(kind: object) -> None:

@@ -1,17 +1,17 @@
 """The FFN of a block: dense SwiGLU, or the mixture of experts of OLMoE; settings, costs, modules and router losses."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts, OlmoeMLP, OlmoeTopKRouter
 
 from ultramem.errors import ConfigError
+from ultramem.model.sections import make_section
 from ultramem.ops import grouped_linear
 
 if TYPE_CHECKING:
@@ -148,18 +148,7 @@ def make_ffn_config(settings: dict[str, Any] | None) -> FFNConfig:
     Raises:
         ConfigError: an unknown type or field, or a value that the field does not take; names the field.
     """
-    settings = {"type": "dense", **(settings or {})}
-    kind = settings["type"]
-    if kind not in FFN_TYPES:
-        raise ConfigError(f"ffn.type must be one of {', '.join(FFN_TYPES)}; got {kind!r}.")
-    config_class = FFN_TYPES[kind]
-    allowed = [entry.name for entry in fields(config_class)]
-    if unknown := sorted(set(settings) - set(allowed)):
-        raise ConfigError(f"ffn.{unknown[0]} is no setting of an FFN of type {kind}; allowed are {', '.join(allowed)}.")
-    try:
-        return config_class(**settings)
-    except StrictDataclassError as error:
-        raise ConfigError(f"ffn: {' '.join(str(error).split())}") from None
+    return make_section("ffn", "an FFN", settings or {}, FFN_TYPES)
 
 
 class FFNOutput(NamedTuple):
