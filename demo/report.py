@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ultramem.evaluation import plots, run_plots
+from ultramem.files import staged_file
 from ultramem.model import CostCard, UltraMemConfig, cost_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,9 +196,8 @@ def write_report(models: list[Model], settings: Settings) -> Path:
             lines += [f"**{model.name}**", "", quoted, ""]
     lines += ["## Commands", "", "```", *commands(models, settings), "```", ""]
     report = settings.output / "report.md"
-    temporary = report.with_name("report.md.tmp")
-    temporary.write_text("\n".join(lines), encoding="utf-8")
-    temporary.replace(report)
+    with staged_file(report) as stage:
+        stage.write_text("\n".join(lines), encoding="utf-8")
     return report
 
 

@@ -11,6 +11,7 @@ from tiny_bases import MEMORIES, base_model, memory_settings
 from tiny_memories import token_ids
 from tolerances import assert_bit_equal
 from ultramem.errors import CheckpointError
+from ultramem.files import MARKER_NAME
 
 
 @pytest.fixture
@@ -87,7 +88,9 @@ def test_saving_again_replaces_the_adapter(saved):
     (folder / "leftover").touch()
     with torch.no_grad():
         model.memory_adapter.pool.values.fill_(3)
-    (folder.parent / ".adapter.tmp").mkdir()
+    abandoned = folder.parent / "adapter.partial-99999999"
+    abandoned.mkdir()
+    (abandoned / MARKER_NAME).touch()
     model.memory_adapter.save_pretrained(str(folder))
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
     assert [file.name for file in folder.parent.iterdir()] == ["adapter"]

@@ -133,6 +133,12 @@ def test_what_a_later_stage_may_change(first_stage, second_stage):
         "model.memory.output_dropout=0.3",
         "model.memory.key_balance_weight=0",
     ]
+    trainer, state = first_weights(second_stage, f"run.load_path={first_stage}", *changes)
+    settings = trainer.train_module.model.config
+    assert settings.max_position_embeddings == 256
+    assert (settings.memory["output_dropout"], settings.memory["key_balance_weight"]) == (0.3, 0)
+    for name, tensor in weights(first_stage / "step8-hf").items():
+        assert torch.equal(state[name], tensor), name
     refused(second_stage, f"run.load_path={first_stage}", *changes)
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, Statistics, draw_pool
+from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, Statistics, add_losses, draw_pool
 from ultramem.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from ultramem.layers.peer import PEER, PEERConfig
 from ultramem.layers.pkm import PKM, PKMConfig
@@ -47,6 +47,7 @@ __all__ = [
     "UltraMemLayerConfig",
     "UltraMemV2",
     "UltraMemV2Config",
+    "add_losses",
     "draw_pool",
     "parse_placement",
 ]

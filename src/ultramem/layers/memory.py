@@ -2,13 +2,13 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from ultramem.errors import ConfigError
 from ultramem.layers.retrieval import AdditiveRetrieval, Retrieved, TuckerRetrieval
@@ -341,8 +341,7 @@ def draw_pool(pool: MemoryPool, memories: list[MemoryLayer], num_blocks: int, ff
     pool.reset_parameters(layer.config.table_std(layer.hidden_size, num_blocks, ffn_ratio, variance))
 
 
-def zero_bias(*linears: nn.Linear | None) -> None:
-    """Set the biases of linear layers to zero, where there are any."""
-    for linear in linears:
-        if linear is not None and linear.bias is not None:
-            init.zeros_(linear.bias)
+def add_losses(total: dict[str, Tensor], losses: Mapping[str, Tensor]) -> None:
+    """Add auxiliary losses to those of other layers, by name and in place."""
+    for name, loss in losses.items():
+        total[name] = total[name] + loss if name in total else loss

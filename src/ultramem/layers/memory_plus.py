@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ultramem.layers.memory import zero_bias
 from ultramem.layers.product_keys import ProductKeyConfig, ProductKeyMemory
 
 
@@ -66,7 +65,7 @@ class MemoryPlus(ProductKeyMemory):
         super().reset_parameters()
         for linear in (self.gate_proj, self.out_proj):
             init.normal_(linear.weight, std=self.hidden_size**-0.5)
-        zero_bias(self.gate_proj, self.out_proj)
+            init.zeros_(linear.bias)
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """The gate, then W_out."""

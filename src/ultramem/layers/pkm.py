@@ -9,7 +9,6 @@ from torch import nn
 from transformers import initialization as init
 
 from ultramem.errors import ConfigError
-from ultramem.layers.memory import zero_bias
 from ultramem.layers.product_keys import ProductKeyConfig, ProductKeyMemory
 
 
@@ -74,4 +73,4 @@ class PKM(ProductKeyMemory):
         super().reset_parameters()
         if self.out_proj is not None:
             init.normal_(self.out_proj.weight, std=self.hidden_size**-0.5)
-            zero_bias(self.out_proj)
+            init.zeros_(self.out_proj.bias)

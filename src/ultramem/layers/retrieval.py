@@ -155,14 +155,12 @@ class AdditiveRetrieval(_Retrieval):
 
         Batch norm takes the inputs' own statistics, and keeps its running ones.
         """
-        return self._retrieve(_simulated_inputs(self.query_proj.weight, seed), simulated=True).scores_NHKC
+        inputs_ND = _simulated_inputs(self.query_proj.weight, seed)
+        return self._search(self.query_proj(inputs_ND), simulated=True).scores_NHKC
 
     def forward(self, x_ND: Tensor) -> Retrieved:
         """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
-        return self._retrieve(x_ND)
-
-    def _retrieve(self, x_ND: Tensor, simulated: bool = False) -> Retrieved:
-        return self._search(self.query_proj(x_ND), simulated)
+        return self._search(self.query_proj(x_ND), simulated=False)
 
     @without_autocast
     def _search(self, query_NQ: Tensor, simulated: bool) -> Retrieved:

@@ -1,7 +1,6 @@
 """Memories beside the MLPs of other people's decoders: attached as an exact no-op, trained, saved and detached."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +16,10 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ultramem.errors import CheckpointError, ConfigError
-from ultramem.layers import MEMORY_TYPES, MemoryConfig, MemoryLayer, draw_pool, parse_placement
+from ultramem.files import staged_folder
+from ultramem.layers import MEMORY_TYPES, MemoryConfig, MemoryLayer, add_losses, draw_pool, parse_placement
 from ultramem.model.configuration import make_memory_config
+from ultramem.model.inspection import check_tensors
 
 Train = Literal["memory", "all", "none"]
 
@@ -99,24 +100,16 @@ class MemoryAdapter(nn.Module):
         folder = Path(folder)
         if folder.exists() and not (folder / CONFIG_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} is there and is no adapter folder; name a new folder or an adapter's.")
-        temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
-        shutil.rmtree(temporary, ignore_errors=True)
         description = {"format": FORMAT, "base_model": asdict(self.base), "memory": asdict(self.config)}
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         try:
-            temporary.mkdir(parents=True)
-            (temporary / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-            temporary.rename(folder)
+            with staged_folder(folder) as stage:
+                (stage / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+                save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"{folder} cannot be written ({error}). Make the folder above it writable and its disk roomy enough."
             ) from error
-        shutil.rmtree(old, ignore_errors=True)
 
     def extra_repr(self) -> str:
         """Where the memories stand, for print(model)."""
@@ -158,8 +151,7 @@ class MemoryAdapter(nn.Module):
                     "gradient checkpointing with use_reentrant=True loses the gradients of the memories' auxiliary "
                     "losses; leave it out or set it to False."
                 )
-            for name, loss in result.losses.items():
-                self._losses[name] = self._losses[name] + loss if name in self._losses else loss
+            add_losses(self._losses, result.losses)
         added = hidden + result.output.to(hidden)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
@@ -181,8 +173,7 @@ class MemoryAdapter(nn.Module):
             if labels is not None and num_targets is not None:
                 share = (labels[..., 1:] != -100).sum() / num_targets
             output["loss"] = total + (share * torch.stack(list(losses.values())).sum()).to(total.device)
-        for name, loss in (output.get("auxiliary_losses") or {}).items():
-            losses[name] = losses[name] + loss if name in losses else loss
+        add_losses(losses, output.get("auxiliary_losses") or {})
         output["auxiliary_losses"] = losses
         return output
 
@@ -370,18 +361,8 @@ def _read_weights(folder: Path, adapter: MemoryAdapter) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is damaged ({error}). Save the adapter again, or copy the file again."
         ) from error
-    expected = adapter.state_dict()
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {list(found[name].shape)} instead of {list(expected[name].shape)}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}. Put back "
-            "the configuration that they were saved with."
-        )
+    expected, shapes = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (adapter.state_dict(), found)
+    )
+    check_tensors(folder, CONFIG_FILE, expected, shapes)
     return found

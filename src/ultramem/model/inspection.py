@@ -1,6 +1,7 @@
 """Looking at a model folder without loading it: its configuration, and whether its weights are those it describes."""
 
 import json
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,40 @@ def load_config(folder: Path) -> UltraMemConfig:
     return config
 
 
+def check_tensors(
+    folder: Path,
+    config_file: str,
+    expected: Mapping[str, list[int]],
+    found: Mapping[str, list[int]],
+    optional: Set[str] = frozenset(),
+) -> None:
+    """Compare the tensors of a folder with those that its configuration asks for.
+
+    Args:
+        folder: for messages.
+        config_file: the configuration's name, for messages.
+        expected: shapes by name.
+        found: the same of the folder's files.
+        optional: names that may be missing.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape; names the first three.
+    """
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys() - optional)]
+    problems += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {found[name]} instead of {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the weights in {folder} are not those of its {config_file}: {'; '.join(problems[:3])}{more}. Put back "
+            "the configuration that they were saved with."
+        )
+
+
 def check_weights(folder: Path, config: UltraMemConfig) -> WeightSummary:
     """Compare the headers of a model folder's weights with what the configuration builds.
 
@@ -85,19 +120,7 @@ def check_weights(folder: Path, config: UltraMemConfig) -> WeightSummary:
             ) from error
     # A tied output matrix is saved once, under the embedding's name.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys() - tied)]
-    problems += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {found[name]} instead of {expected[name]}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name] != expected[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(problems[:3])}{more}. Put back the "
-            f"configuration that they were saved with."
-        )
+    check_tensors(folder, "config.json", expected, found, optional=tied)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters == cost_card(config).total_parameters
     num_bytes = sum(file.stat().st_size for file in files)

@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ultramem.errors import ConfigError
-from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, Statistics, draw_pool
+from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, Statistics, add_losses, draw_pool
 from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.block import UltraMemDecoderLayer
@@ -245,19 +245,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        mask: Any
-        if isinstance(attention_mask, dict):
-            # `generate` with a static cache makes the masks beforehand, one for each need in `layer_types`.
-            mask, padding_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
-        else:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        mask, padding_mask = self._masks(hidden_states, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         carried: list[tuple[int, Tensor]] = []
         losses: dict[str, Tensor] = {}
@@ -282,8 +270,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
             for result, end in zip(results, block.memory_ends, strict=True):
                 if end > block.layer_idx:
                     carried.append((end, result.output))
-                for name, loss in result.losses.items():
-                    losses[name] = losses[name] + loss if name in losses else loss
+                add_losses(losses, result.losses)
                 statistics.append(result.statistics)
         if isinstance(self.ffn_config, MoEFFNConfig) and router_logits:
             losses |= router_losses(tuple(router_logits), self.ffn_config, padding_mask)
@@ -293,6 +280,26 @@ class UltraMemModel(UltraMemPreTrainedModel):
             auxiliary_losses=losses or None,
             memory_statistics=tuple(statistics) if output_memory_statistics else None,
         )
+
+    def _masks(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> tuple[Any, Tensor | None]:
+        """What attention takes, and where tokens are real: [B, past and present tokens], None if nobody says."""
+        if isinstance(attention_mask, dict):
+            # `generate` with a static cache makes the masks beforehand, one for each need in `layer_types`.
+            return attention_mask["full_attention"], attention_mask.get("linear_attention")
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        return mask, attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
 class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):

@@ -18,6 +18,7 @@ from olmo_core.utils import get_default_device, seed_all
 from ultramem.data.manifest import DataManifest
 from ultramem.data.sources import load_sources
 from ultramem.errors import CheckpointError, ConfigError, DataError
+from ultramem.files import staged_file
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
 from ultramem.model.roles import parameter_roles
@@ -144,7 +145,8 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
         remove_leftovers(run_folder)
         check_resumable(config)
         check_loadable(config, model_config(config), manifest)
-        _write_config(config, run_folder / "config.yaml")
+        with staged_file(run_folder / "config.yaml") as stage:
+            stage.write_text(config_yaml(config), encoding="utf-8")
         trainer = build_trainer(config, manifest)
         trainer.fit()
         _report_end(trainer)
@@ -250,12 +252,6 @@ def build_callbacks(model: UltraMemForCausalLM, config: RunConfig, manifest: Dat
     if config.logging.wandb is not None:
         callbacks["wandb"] = weights_and_biases(config)
     return callbacks
-
-
-def _write_config(config: RunConfig, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(config_yaml(config), encoding="utf-8")
-    temporary.replace(path)
 
 
 def config_yaml(config: RunConfig) -> str:
