@@ -21,6 +21,8 @@ from ultramem.training.schema import check_section, parse_overrides, set_dotted
 Precision = Literal["bf16", "fp32"]
 # How gradients of the tables are held: one dense tensor, or only the touched rows.
 TableGradients = Literal["dense", "rows"]
+# What several processes hold: all weights each, or the tables each and a share of the rest.
+Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass
@@ -80,6 +82,7 @@ class TrainingSection(Config):
     compile: bool = False
     gradient_checkpointing: bool = False
     table_gradients: TableGradients = "dense"
+    parallel: Parallel | None = None  # None: ddp where there are several processes
 
 
 @dataclass

@@ -1,11 +1,10 @@
 """A training run from its config to its last model folder, resumed from where an earlier process stopped."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from olmo_core.distributed.utils import get_rank
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
@@ -40,6 +40,7 @@ from ultramem.training.checkpoints import (
     remove_leftovers,
 )
 from ultramem.training.config import RunConfig, load_config
+from ultramem.training.processes import on_first_process, process_group, signals_cancel
 from ultramem.training.train_module import UltraMemTrainModule
 
 # Backward costs twice the forward.
@@ -111,6 +112,8 @@ def model_config(config: RunConfig) -> UltraMemConfig:
 def train(config: RunConfig, manifest: DataManifest) -> Path:
     """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
 
+    Under torchrun all processes call this; the first one writes, locks and reports.
+
     Args:
         config: from :func:`resolve_config`.
         manifest: the data folder's.
@@ -121,21 +124,22 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
     Raises:
         CheckpointError: the run folder belongs to another model, data set or seed, is in use, or its disk is full.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training runs in one process: start it without torchrun, or with one process")
     run_folder = config.save_folder
-    with (
-        exclusive_run_folder(run_folder),
-        explained_write_errors(run_folder),
-        _quiet_engine(run_folder / "train.log"),
-    ):
-        remove_leftovers(run_folder)
-        check_resumable(config)
-        _write_config(config, run_folder / "config.yaml")
-        trainer = build_trainer(config, manifest)
-        trainer.fit()
-        _report_end(trainer)
-    return run_folder / f"step{trainer.global_step}-hf"
+    with process_group(), ExitStack() as held:
+        on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
+        with explained_write_errors(run_folder), _quiet_engine(run_folder / "train.log"):
+            on_first_process(partial(_prepare_run_folder, config))
+            trainer = build_trainer(config, manifest)
+            with signals_cancel(trainer):
+                trainer.fit()
+            _report_end(trainer)
+        return run_folder / f"step{trainer.global_step}-hf"
+
+
+def _prepare_run_folder(config: RunConfig) -> None:
+    remove_leftovers(config.save_folder)
+    check_resumable(config)
+    _write_config(config, config.save_folder / "config.yaml")
 
 
 def check_resumable(config: RunConfig) -> None:
@@ -201,6 +205,8 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
         max_duration=duration,
         # A signal ends the run after the step during which it came.
         cancel_check_interval=1,
+        # All processes must learn of a signal after the same step.
+        async_bookkeeping=False,
         metrics_collect_interval=config.logging.interval_steps,
         callbacks=build_callbacks(model, config, manifest),
     )
@@ -269,7 +275,7 @@ def _quiet_engine(path: Path) -> Iterator[None]:
     """Sends OLMo-core's messages to a file of the run, so that the terminal shows progress only."""
     logger = logging.getLogger("olmo_core")
     level, propagate = logger.level, logger.propagate
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8") if get_rank() == 0 else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -278,6 +284,8 @@ def _quiet_engine(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             # One process is what was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            # Nothing writes in place into what a block returns.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
             yield
     finally:
         logger.removeHandler(handler)
@@ -287,7 +295,7 @@ def _quiet_engine(path: Path) -> Iterator[None]:
 
 
 def _report_end(trainer: Trainer) -> None:
-    if trainer.is_canceled:
+    if trainer.is_canceled and get_rank() == 0:
         print(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}: saved; the same command resumes from there",
             file=sys.stderr,
