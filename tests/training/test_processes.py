@@ -20,7 +20,10 @@ from tiny_training import (
     tiny_settings,
 )
 from ultramem.errors import ConfigError
+from ultramem.training import processes as processes_module
 from ultramem.training.checkpoints import complete_steps
+from ultramem.training.config import RunConfig, TrainingSection
+from ultramem.training.processes import check_processes
 from ultramem.training.run import resolve_config, train
 
 pytestmark = pytest.mark.dist
@@ -147,7 +150,7 @@ def test_a_signal_to_any_process_saves_once_and_ends_all(data_folder, tmp_path, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.global_batch_sequences=3"], "must be divisible by the number of processes (2)"),
+        (["training.global_batch_sequences=3"], "(3) must be divisible by the number of processes (2) times"),
         (["run.seed=4"], "run.seed: 3 → 4"),
     ],
 )
@@ -185,3 +188,11 @@ def test_processes_that_cannot_find_each_other_are_refused(data_folder, tmp_path
     message = r"2 processes \(WORLD_SIZE\), but lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: .*torchrun"
     with pytest.raises(ConfigError, match=message):
         train(*resolve_config(config_path))
+
+
+def test_rows_in_several_processes_are_refused(monkeypatch):
+    config = RunConfig(training=TrainingSection(table_gradients="rows"))
+    check_processes(config)
+    monkeypatch.setattr(processes_module, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="rows' trains in one process, but the run has 2: use 'dense', or start"):
+        check_processes(config)

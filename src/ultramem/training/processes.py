@@ -12,6 +12,7 @@ from olmo_core.distributed.utils import OLMO_SHARED_FS_ENV_VAR, broadcast_object
 from olmo_core.train import Trainer
 
 from ultramem.errors import ConfigError, UltraMemError
+from ultramem.training.config import RunConfig
 
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,6 +44,24 @@ def process_group() -> Iterator[None]:
     yield
     # Not after an error: the other processes may be waiting in a collective that this would wait for.
     dist.destroy_process_group()
+
+
+def check_processes(config: RunConfig) -> None:
+    """Raises ConfigError for what several processes cannot do: unequal shares of a batch, table gradients as rows."""
+    num_processes, training = get_world_size(), config.training
+    if num_processes == 1:
+        return
+    if training.table_gradients == "rows":
+        raise ConfigError(
+            f"'training.table_gradients: rows' trains in one process, but the run has {num_processes}: use 'dense', or "
+            "start it without torchrun"
+        )
+    micro_batch = training.micro_batch_sequences or 1
+    if training.global_batch_sequences % (micro_batch * num_processes):
+        raise ConfigError(
+            f"'training.global_batch_sequences' ({training.global_batch_sequences}) must be divisible by the number of "
+            f"processes ({num_processes}) times 'training.micro_batch_sequences' ({micro_batch})"
+        )
 
 
 def on_first_process(action: Callable[[], object]) -> None:

@@ -40,7 +40,7 @@ from ultramem.training.checkpoints import (
     remove_leftovers,
 )
 from ultramem.training.config import RunConfig, load_config
-from ultramem.training.processes import on_first_process, process_group, signals_cancel
+from ultramem.training.processes import check_processes, on_first_process, process_group, signals_cancel
 from ultramem.training.train_module import UltraMemTrainModule
 
 # Backward costs twice the forward.
@@ -126,6 +126,7 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
     """
     run_folder = config.save_folder
     with process_group(), ExitStack() as held:
+        check_processes(config)
         on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
         with explained_write_errors(run_folder), _quiet_engine(run_folder / "train.log"):
             on_first_process(partial(_prepare_run_folder, config))

@@ -15,7 +15,7 @@ from olmo_core.train.train_module import EvalBatchSizeUnit, EvalBatchSpec, Train
 from olmo_core.utils import cuda_sync_debug_mode, move_to_device
 from torch import Tensor, nn
 
-from ultramem.errors import ConfigError, TrainingError
+from ultramem.errors import TrainingError
 from ultramem.evaluation.mode import evaluating
 from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
@@ -73,24 +73,6 @@ class UltraMemTrainModule(TrainModule):
     def eval_batch_spec(self) -> EvalBatchSpec:
         """Evaluation batches have the size of micro-batches."""
         return EvalBatchSpec(self.config.micro_batch_sequences, EvalBatchSizeUnit.instances)
-
-    def on_attach(self) -> None:
-        """Raises ConfigError for what several processes cannot do: unequal shares of a batch, gradients as rows."""
-        world_size = get_world_size(self.trainer.dp_process_group)
-        if world_size > 1 and self.config.training.table_gradients == "rows":
-            raise ConfigError(
-                f"'training.table_gradients: rows' trains in one process, but the run has {world_size}: use 'dense', "
-                "or start it without torchrun"
-            )
-        if self.config.training.global_batch_sequences % world_size or (
-            self.config.training.micro_batch_sequences is not None
-            and self.config.training.global_batch_sequences % (self.config.micro_batch_sequences * world_size)
-        ):
-            raise ConfigError(
-                f"'training.global_batch_sequences' ({self.config.training.global_batch_sequences}) must be divisible "
-                f"by the number of processes ({world_size}) times 'training.micro_batch_sequences' "
-                f"({self.config.micro_batch_sequences})"
-            )
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Adds the gradient of one batch and records its losses.
