@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -196,3 +198,44 @@ def test_rows_in_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(processes_module, "get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match="rows' trains in one process, but the run has 2: use 'dense', or start"):
         check_processes(config)
+
+
+def torchrun(config_path, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    return [*command, "-m", "ultramem.cli", "train", str(config_path), *overrides]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_speaks_once(whole_runs, data_folder, tmp_path):
+    config_path = write_config(tmp_path / "run.yaml", settings_of(data_folder, tmp_path / "run"))
+    finished = subprocess.run(torchrun(config_path), capture_output=True, text=True, timeout=HANGING_S)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == [f"model: {tmp_path}/run/step12-hf"]
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in lines] == [f"{step}/12" for step in range(1, 13)]
+    assert_same_lines(metrics_lines(tmp_path / "run"), metrics_lines(whole_runs("ultramem_v2")))
+    refused = subprocess.run(torchrun(config_path, "run.seed=4"), capture_output=True, text=True, timeout=HANGING_S)
+    assert refused.returncode != 0
+    assert refused.stderr.count("Error: ") == 1
+    assert "run.seed: 3 → 4" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_signals_on(data_folder, tmp_path, signal_number):
+    """Also when the processes get it twice: from the terminal and from torchrun."""
+    settings = settings_of(data_folder, tmp_path / "run", max_steps=5000)
+    settings["checkpoint"] = {"interval_steps": None, "keep": 1}
+    settings["validation"]["interval_steps"] = None
+    config_path = write_config(tmp_path / "run.yaml", settings)
+    process = subprocess.Popen(torchrun(config_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics, end_s = tmp_path / "run" / "metrics.jsonl", time.monotonic() + HANGING_S
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end_s, "the run did not get to its third step"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal_number)
+    _, text = process.communicate(timeout=HANGING_S)
+    (step,) = complete_steps(tmp_path / "run")
+    assert text.count(f"stopped at step {step} of 5000: saved") == 1
+    assert (tmp_path / "run" / f"step{step}-hf" / "model.safetensors").is_file()
