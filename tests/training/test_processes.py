@@ -201,7 +201,7 @@ def test_rows_in_several_processes_are_refused(monkeypatch):
 
 
 def torchrun(config_path, *overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [*command, "-m", "ultramem.cli", "train", str(config_path), *overrides]
 
 
@@ -216,8 +216,7 @@ def test_torchrun_trains_and_speaks_once(whole_runs, data_folder, tmp_path):
     assert_same_lines(metrics_lines(tmp_path / "run"), metrics_lines(whole_runs("ultramem_v2")))
     refused = subprocess.run(torchrun(config_path, "run.seed=4"), capture_output=True, text=True, timeout=HANGING_S)
     assert refused.returncode != 0
-    assert refused.stderr.count("Error: ") == 1
-    assert "run.seed: 3 → 4" in refused.stderr
+    assert refused.stderr.count("run.seed: 3 → 4") == 1
 
 
 @pytest.mark.slow
