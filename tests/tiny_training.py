@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +97,46 @@ def tiny_settings(data_folder: Path, save_folder: Path) -> dict[str, Any]:
 
 def start_training(config_path: Path, *overrides: str) -> multiprocessing.Process:
     """Runs ``ultramem train`` in a child of a server process that has imported everything."""
+    return start_process(_train_quietly, config_path, list(overrides))
+
+
+def start_process(function: Callable[..., object], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """Runs a function in a child of a server process that has imported everything."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ultramem.training.run", "tiny_training"])
     # A daemon ends with the tests, also where an assertion leaves it running.
-    process = context.Process(target=_train_quietly, args=(config_path, list(overrides)), daemon=True)
+    process = context.Process(target=_call, args=(environment or {}, function, *arguments), daemon=True)
     process.start()
     return process
+
+
+def _call(environment: dict[str, str], function: Callable[..., object], *arguments: Any) -> None:
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def start_processes(function: Callable[..., object], *arguments: Any, num_processes: int = 2) -> list[Any]:
+    """Starts as many children with the environment that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    return [
+        start_process(function, *arguments, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_processes)
+    ]
+
+
+def start_parallel_training(config_path: Path, *overrides: str) -> list[Any]:
+    """Runs ``ultramem train`` in two processes that write the same log."""
+    return start_processes(_train_quietly, config_path, list(overrides))
+
+
+def run_parallel_training(config_path: Path, *overrides: str) -> None:
+    """Trains to the end in two processes."""
+    for process in start_parallel_training(config_path, *overrides):
+        finish_training(process, config_path)
 
 
 def _train_quietly(config_path: Path, overrides: list[str]) -> None:

@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 class FailingModel:
     """Its export ends in the middle, on a full disk."""
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, state_dict):
         (folder / "config.json").write_text("half")
         raise OSError(28, "No space left on device")
 

@@ -15,6 +15,7 @@ from tiny_training import (
     finish_training,
     metrics_lines,
     run_training,
+    start_parallel_training,
     start_training,
     tiny_settings,
     training_state,
@@ -124,12 +125,16 @@ def _is_writing(run_folder: Path) -> bool:
     )
 
 
+def _as_list(processes) -> list:
+    return processes if isinstance(processes, list) else [processes]
+
+
 def _newest(run_folder: Path) -> int:
     return max(complete_steps(run_folder), default=0)
 
 
-def _freeze_at_the_moment(run_folder: Path, process, delay_s: float, moment: str) -> None:
-    """Stops the process after ``delay_s`` or 20 steps, or later: as soon as the moment has come.
+def _freeze_at_the_moment(run_folder: Path, processes: list, delay_s: float, moment: str) -> None:
+    """Stops the processes after ``delay_s`` or 20 steps, or later: as soon as the moment has come.
 
     A process that is frozen cannot finish what it was seen doing before it is killed, however busy the machine is.
 
@@ -141,26 +146,38 @@ def _freeze_at_the_moment(run_folder: Path, process, delay_s: float, moment: str
         time.sleep(0.01)
     end_s = time.monotonic() + HANGING_S
     while True:
-        assert process.is_alive(), "the run ended before it could be killed"
-        os.kill(process.pid, signal.SIGSTOP)
+        for process in processes:
+            assert process.is_alive(), "the run ended before it could be killed"
+            os.kill(process.pid, signal.SIGSTOP)
         has_come = {"any": True, "writing": _is_writing(run_folder), "progress": _newest(run_folder) > start}[moment]
         if has_come:
             return
-        os.kill(process.pid, signal.SIGCONT)
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
         assert time.monotonic() < end_s, f"the moment '{moment}' did not come"
         time.sleep(0.002)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save_async", [True, False])
-def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_async):
+@pytest.mark.parametrize(
+    ("save_async", "num_processes"),
+    [
+        (True, 1),
+        (False, 1),
+        pytest.param(True, 2, marks=pytest.mark.dist),
+        pytest.param(False, 2, marks=pytest.mark.dist),
+    ],
+)
+def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_async, num_processes):
     """SIGKILL at random moments, some while a training state is being written, loses no complete state."""
+    start = start_training if num_processes == 1 else start_parallel_training
     settings = tiny_settings(data_folder, tmp_path / "whole")
     settings["training"] |= {"max_steps": 400, "global_batch_sequences": 2, "micro_batch_sequences": 1}
     settings["validation"] = {"interval_steps": 50}
     settings["checkpoint"] = {"interval_steps": 2, "keep": 1, "save_async": save_async}
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(settings))
-    run_training(tmp_path / "whole.yaml", "checkpoint.interval_steps=null")
+    for process in _as_list(start(tmp_path / "whole.yaml", "checkpoint.interval_steps=null")):
+        finish_training(process, tmp_path / "whole.yaml")
 
     run_folder = tmp_path / "killed"
     settings["run"]["save_folder"] = str(run_folder)
@@ -169,19 +186,21 @@ def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_a
     rng = random.Random(0)
     newest, num_half_written = 0, 0
     for attempt in range(10):
-        process = start_training(config_path)
+        processes = _as_list(start(config_path))
         moment = ("any", "writing", "progress")[attempt % 3]
-        _freeze_at_the_moment(run_folder, process, rng.uniform(0.5, 2.5), moment)
+        _freeze_at_the_moment(run_folder, processes, rng.uniform(0.5, 2.5), moment)
         seen = _newest(run_folder)
-        process.kill()
-        process.join()
+        for process in processes:
+            process.kill()
+            process.join()
         found = _newest(run_folder)
         assert found >= seen >= newest
         newest = found
         num_half_written += _is_writing(run_folder)
     assert newest > 0
     assert num_half_written > 0
-    run_training(config_path)
+    for process in _as_list(start(config_path)):
+        finish_training(process, config_path)
     assert complete_steps(run_folder) == [400]
     states = [training_state(tmp_path / name / "step400", tmp_path) for name in ("whole", "killed")]
     assert_same_state(*states)

@@ -206,12 +206,6 @@ def test_less_data_than_one_batch_is_refused(config_path):
         )
 
 
-def test_several_processes_are_refused(config_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="training runs in one process"):
-        train(*resolve_config(config_path))
-
-
 def test_missing_data_folder_is_named(config_path):
     with pytest.raises(DataError, match=r"no data folder 'nowhere'.*`ultramem data prepare SOURCE… --output nowhere"):
         resolve_config(config_path, ["data.folder=nowhere"])

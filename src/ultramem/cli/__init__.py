@@ -3,7 +3,11 @@
 The modules import OLMo-core, data sets and plots only when a verb needs them.
 """
 
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -15,6 +19,7 @@ from ultramem.errors import UltraMemError
 
 INTERRUPTED_STATUS = 130
 ERROR_STATUS = 2
+OTHER_PROCESSES_WAIT_S = 5
 
 app = typer.Typer(
     help="Language models with large, sparsely read memory tables: data, training, evaluation, text.",
@@ -46,10 +51,22 @@ def _root(
     pass
 
 
+@contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Of an error that ends all processes of a run, the first tells; torchrun ends the others while they wait here."""
+    try:
+        yield
+    except Exception:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHER_PROCESSES_WAIT_S)
+        raise
+
+
 def main() -> None:
     """Run the command line; an error meant for the user is one red line on stderr, and status 2."""
     try:
-        app(prog_name="ultramem")
+        with _first_process_speaks():
+            app(prog_name="ultramem")
     except UltraMemError as error:
         from rich.console import Console
 

@@ -1,5 +1,6 @@
 """``ultramem train``: one YAML file and overrides to a trained model."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,4 +33,5 @@ def train(
         print_dry_run(*resolve_dry_run(config, overrides or [], scale))
         return
     model_folder = run_training(*resolve_config(config, overrides or [], scale))
-    typer.echo(f"model: {model_folder}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"model: {model_folder}")

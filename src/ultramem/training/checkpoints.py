@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.checkpoint import Checkpointer
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from ultramem.data.tokenizer import load_tokenizer_with_ids
 from ultramem.errors import CheckpointError
 from ultramem.files import staged_folder
+from ultramem.training.data_parallel import gather_weights
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -116,15 +118,22 @@ def _disk_error(error: BaseException | None) -> str | None:
     return None
 
 
-def export_model(model: PreTrainedModel, tokenizer_path: Path, target: Path) -> None:
+def export_model(
+    model: PreTrainedModel, tokenizer_path: Path, target: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Writes a self-contained Hugging Face model folder (config, safetensors, tokenizer) and renames it into place.
 
-    A bare tokenizer file becomes a folder, with the special tokens that the model's configuration names by id.
+    Args:
+        model: the model.
+        tokenizer_path: a folder, which is copied, or a bare tokenizer file, which becomes a folder with the special
+            tokens that the model's configuration names by id.
+        target: the folder to write.
+        weights: the model's, where it does not hold them itself.
     """
     with staged_folder(target) as stage:
         bars_shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
-        model.save_pretrained(stage)
+        model.save_pretrained(stage, state_dict=weights)
         if bars_shown:
             hf_logging.enable_progress_bar()
         if tokenizer_path.is_dir():
@@ -150,7 +159,10 @@ class RunCheckpointer(CheckpointerCallback):
         super().pre_train()
         run_folder = Path(self.save_folder)
         self._checkpoints = [str(run_folder / f"step{step}") for step in complete_steps(run_folder)]
-        if self._checkpoints and not Path(self._checkpoints[-1] + "-hf").is_dir():
+        is_missing = bool(self._checkpoints) and not Path(self._checkpoints[-1] + "-hf").is_dir()
+        # All processes take part in an export: what the first one sees counts.
+        self._checkpoints, is_missing = broadcast_object((self._checkpoints, is_missing))
+        if is_missing:
             self._export(self._checkpoints[-1])
 
     def post_train(self) -> None:
@@ -188,5 +200,7 @@ class RunCheckpointer(CheckpointerCallback):
         super()._remove_checkpoint(path)
 
     def _export(self, path: str) -> None:
+        model = self.trainer.train_module.model
+        weights = gather_weights(model)
         if get_rank() == 0:
-            export_model(self.trainer.train_module.model, Path(self.tokenizer_path), Path(path + "-hf"))
+            export_model(model, Path(self.tokenizer_path), Path(path + "-hf"), weights)

@@ -25,6 +25,8 @@ TableGradients = Literal["dense", "rows"]
 # How the two moments of the tables are kept.
 TableMoments = Literal["fp32", "bf16", "8bit"]
 ScheduleName = Literal["cosine", "wsd", "constant", "linear"]
+# What several processes hold: all weights each, or the tables each and a share of the rest.
+Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass
@@ -86,6 +88,7 @@ class TrainingSection(Config):
     compile: bool = False
     gradient_checkpointing: bool = False
     table_gradients: TableGradients = "dense"
+    parallel: Parallel | None = None  # None: ddp where there are several processes
 
 
 @dataclass

@@ -1,16 +1,17 @@
 """A training run from its config to its last model folder, resumed from where an earlier process stopped."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from olmo_core.distributed.utils import get_rank
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
@@ -40,6 +41,7 @@ from ultramem.training.checkpoints import (
 )
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.loading import check_loadable, differing_settings, load_weights, starting_point
+from ultramem.training.processes import check_processes, on_first_process, process_group, signals_cancel
 from ultramem.training.scale import scale_config
 from ultramem.training.train_module import UltraMemTrainModule
 from ultramem.training.validation import build_validation
@@ -124,6 +126,8 @@ def model_config(config: RunConfig) -> UltraMemConfig:
 def train(config: RunConfig, manifest: DataManifest) -> Path:
     """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
 
+    Under torchrun all processes call this; the first one writes, locks and reports.
+
     Args:
         config: from :func:`resolve_config`.
         manifest: the data folder's.
@@ -134,23 +138,25 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
     Raises:
         CheckpointError: the run folder belongs to another model, data set or seed, is in use, or its disk is full.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training runs in one process: start it without torchrun, or with one process")
     run_folder = config.save_folder
-    with (
-        exclusive_run_folder(run_folder),
-        explained_write_errors(run_folder),
-        _quiet_engine(run_folder / "train.log"),
-    ):
-        remove_leftovers(run_folder)
-        check_resumable(config)
-        check_loadable(config, model_config(config), manifest)
-        with staged_file(run_folder / "config.yaml") as stage:
-            stage.write_text(config_yaml(config), encoding="utf-8")
-        trainer = build_trainer(config, manifest)
-        trainer.fit()
-        _report_end(trainer)
-    return run_folder / f"step{trainer.global_step}-hf"
+    with process_group(), ExitStack() as held:
+        check_processes(config)
+        on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
+        with explained_write_errors(run_folder), _quiet_engine(run_folder / "train.log"):
+            on_first_process(partial(_prepare_run_folder, config, manifest))
+            trainer = build_trainer(config, manifest)
+            with signals_cancel(trainer):
+                trainer.fit()
+            _report_end(trainer)
+        return run_folder / f"step{trainer.global_step}-hf"
+
+
+def _prepare_run_folder(config: RunConfig, manifest: DataManifest) -> None:
+    remove_leftovers(config.save_folder)
+    check_resumable(config)
+    check_loadable(config, model_config(config), manifest)
+    with staged_file(config.save_folder / "config.yaml") as stage:
+        stage.write_text(config_yaml(config), encoding="utf-8")
 
 
 def check_resumable(config: RunConfig) -> None:
@@ -223,6 +229,8 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
         load_path=None if state is None else str(state),
         load_trainer_state=None if state is None else False,
         load_optim_state=None if state is None else config.run.load_optimizer,
+        # All processes must learn of a signal after the same step.
+        async_bookkeeping=False,
         metrics_collect_interval=config.logging.interval_steps,
         callbacks=build_callbacks(model, config, manifest),
     )
@@ -269,7 +277,7 @@ def _quiet_engine(path: Path) -> Iterator[None]:
     """Sends OLMo-core's messages to a file of the run, so that the terminal shows progress only."""
     logger = logging.getLogger("olmo_core")
     level, propagate = logger.level, logger.propagate
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8") if get_rank() == 0 else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -278,6 +286,8 @@ def _quiet_engine(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             # One process is what was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            # Nothing writes in place into what a block returns.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
             yield
     finally:
         logger.removeHandler(handler)
@@ -287,7 +297,7 @@ def _quiet_engine(path: Path) -> Iterator[None]:
 
 
 def _report_end(trainer: Trainer) -> None:
-    if trainer.is_canceled:
+    if trainer.is_canceled and get_rank() == 0:
         print(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}: saved; the same command resumes from there",
             file=sys.stderr,

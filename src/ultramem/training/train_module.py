@@ -15,13 +15,14 @@ from olmo_core.train.train_module import EvalBatchSizeUnit, EvalBatchSpec, Train
 from olmo_core.utils import cuda_sync_debug_mode, move_to_device
 from torch import Tensor, nn
 
-from ultramem.errors import ConfigError, TrainingError
+from ultramem.errors import TrainingError
 from ultramem.evaluation.mode import evaluating
 from ultramem.layers import Statistics
 from ultramem.model.packing import document_positions
 from ultramem.training.callbacks import is_due
 from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
+from ultramem.training.data_parallel import DataParallel, clip_gradients_
 from ultramem.training.memory_metrics import build_meters
 from ultramem.training.optim import build_optimizer, group_settings
 from ultramem.training.row_adamw import RowAdamW
@@ -44,10 +45,10 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 class UltraMemTrainModule(TrainModule):
-    """Forward, backward and optimizer step of one process.
+    """Forward, backward and optimizer step, in one process or in several.
 
     The loss of a batch is Σ cross-entropy / number of target tokens plus the auxiliary losses averaged over tokens, so
-    micro-batches of any size give the gradient of the whole batch.
+    micro-batches of any size, in any number of processes, give the gradient of the whole batch.
     """
 
     def __init__(self, model: nn.Module, roles: dict[str, str], config: RunConfig, flops_per_token: int) -> None:
@@ -55,7 +56,7 @@ class UltraMemTrainModule(TrainModule):
 
         Args:
             model: maps ``input_ids`` to an output with ``logits`` and, for memory models, ``auxiliary_losses`` and
-                ``memory_statistics``.
+                ``memory_statistics``; changed in place where several processes share it.
             roles: role of every parameter by name.
             config: the run.
             flops_per_token: of forward and backward, for the trainer's bookkeeping.
@@ -63,6 +64,7 @@ class UltraMemTrainModule(TrainModule):
         super().__init__()
         self.model = model
         self.config = config
+        self.parallel = DataParallel(model, roles, config.training.parallel or "ddp")
         self.optim = build_optimizer(model, roles, config.optimizer, config.training.table_gradients)
         self.schedules = build_schedules(config)
         self.flops_per_token = flops_per_token
@@ -75,19 +77,6 @@ class UltraMemTrainModule(TrainModule):
     def eval_batch_spec(self) -> EvalBatchSpec:
         """Evaluation batches have the size of micro-batches."""
         return EvalBatchSpec(self.config.micro_batch_sequences, EvalBatchSizeUnit.instances)
-
-    def on_attach(self) -> None:
-        """Raises ConfigError if the micro-batch does not divide one process's share of the batch."""
-        world_size = get_world_size(self.trainer.dp_process_group)
-        if self.config.training.global_batch_sequences % world_size or (
-            self.config.training.micro_batch_sequences is not None
-            and self.config.training.global_batch_sequences % (self.config.micro_batch_sequences * world_size)
-        ):
-            raise ConfigError(
-                f"'training.global_batch_sequences' ({self.config.training.global_batch_sequences}) must be divisible "
-                f"by the number of processes ({world_size}) times 'training.micro_batch_sequences' "
-                f"({self.config.micro_batch_sequences})"
-            )
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Adds the gradient of one batch and records its losses.
@@ -106,14 +95,19 @@ class UltraMemTrainModule(TrainModule):
         torch.manual_seed(self._step_seed())
         batch = move_to_device(batch, self.trainer.device)
         batch["labels"] = get_labels(batch, label_ignore_index=IGNORED_LABEL)
-        num_targets = (batch["labels"] != IGNORED_LABEL).sum()
+        # Gradients and losses are averaged over the processes: dividing each process's sums by the mean number of
+        # targets makes that the mean over all targets.
+        num_targets = self.parallel.mean((batch["labels"] != IGNORED_LABEL).sum())
         totals: dict[str, Tensor] = {}
-        for micro_batch in split_batch(batch, self.config.micro_batch_sequences):
-            loss, parts = self._micro_batch_loss(micro_batch, num_targets)
-            loss.backward()
+        micro_batches = split_batch(batch, self.config.micro_batch_sequences)
+        for i, micro_batch in enumerate(micro_batches, start=1):
+            with self.parallel.micro_batch(is_last=i == len(micro_batches)):
+                loss, parts = self._micro_batch_loss(micro_batch, num_targets)
+                loss.backward()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
-        self.batch_loss = torch.stack(list(totals.values())).sum()
+        self.parallel.finish_gradients()
+        self.batch_loss = self.parallel.mean(torch.stack(list(totals.values())).sum())
         self.record_ce_loss(totals.pop("cross_entropy"), ReduceType.mean)
         for name, value in totals.items():
             self.record_metric(name, value, ReduceType.mean, namespace="train")
@@ -123,7 +117,7 @@ class UltraMemTrainModule(TrainModule):
         with self._autocast():
             options = {"output_memory_statistics": self._memory_statistics()} if self.memory_meters else {}
             inputs = self._model_inputs(micro_batch["input_ids"])
-            output = self.model(**inputs, use_cache=False, **options)
+            output = self.parallel.forward(**inputs, use_cache=False, **options)
         parts = {"cross_entropy": next_token_losses(output.logits, labels_BT).sum() / num_targets}
         share = (labels_BT != IGNORED_LABEL).sum() / num_targets
         for name, auxiliary_loss in (getattr(output, "auxiliary_losses", None) or {}).items():
@@ -176,7 +170,7 @@ class UltraMemTrainModule(TrainModule):
                 if name == "tables" and isinstance(self.optim, RowAdamW):
                     norm = self.optim.clip_rows_(max_norm)
                 else:
-                    norm = nn.utils.clip_grad_norm_(clipped, max_norm)
+                    norm = clip_gradients_(clipped, max_norm)
                 measured[f"{name} grad norm"] = norm
                 self.record_metric(f"{name} grad norm", norm, namespace="optim")
         for group in self.optim.param_groups:

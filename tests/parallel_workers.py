@@ -1,0 +1,107 @@
+"""What the tests of several processes run in each of them; results go to a file per process."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from tiny_training import VOCAB_SIZE, tiny_model
+from ultramem.errors import CheckpointError
+from ultramem.model.roles import parameter_roles
+from ultramem.training.config import DataSection, LoggingSection, RunConfig, TrainingSection
+from ultramem.training.processes import on_first_process, process_group
+from ultramem.training.train_module import UltraMemTrainModule
+
+# Sequences of every process; targets are missing where a token is padding, so that shares differ.
+NUM_SEQUENCES, NUM_TOKENS = 4, 16
+
+
+class FakeTrainer(SimpleNamespace):
+    """What a train module asks of the trainer."""
+
+    def record_metric(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        self.metrics[name] = float(value)
+
+    def record_ce_loss(self, value: Any, reduce_type: Any = None) -> None:
+        self.record_metric("CE loss", value)
+
+
+def build_module(parallel: str | None, micro_batch_sequences: int, **changes: Any) -> UltraMemTrainModule:
+    """A train module of the tiny model in fp64, without what is random."""
+    config = RunConfig(
+        data=DataSection(sequence_length_tokens=NUM_TOKENS),
+        training=TrainingSection(
+            max_steps=10,
+            global_batch_sequences=2 * NUM_SEQUENCES,
+            micro_batch_sequences=micro_batch_sequences,
+            precision="fp32",
+            parallel=parallel,
+        ),
+        logging=LoggingSection(memory_interval_steps=None),
+    )
+    model = tiny_model(attention_dropout=0.0, **changes).double()
+    module = UltraMemTrainModule(model, parameter_roles(model), config, flops_per_token=1)
+    module._trainer = FakeTrainer(
+        device=torch.device("cpu"),
+        global_step=1,
+        global_train_tokens_seen=64,
+        max_tokens=640,
+        dp_process_group=None,
+        metrics={},
+    )
+    return module
+
+
+def batch_of(rank: int) -> dict[str, torch.Tensor]:
+    """One process's sequences; the second process has half as many targets."""
+    generator = torch.Generator().manual_seed(rank)
+    input_ids = torch.randint(2, VOCAB_SIZE, (NUM_SEQUENCES, NUM_TOKENS), generator=generator)
+    label_mask = torch.ones_like(input_ids, dtype=torch.bool)
+    label_mask[:, NUM_TOKENS // 2 :] = rank == 0
+    return {"input_ids": input_ids, "label_mask": label_mask}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all its parts."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train_one_batch(folder: Path, parallel: str, micro_batch_sequences: int, changes: dict[str, Any]) -> None:
+    """Gradients, buffers, placements, and how often gloo reduced what during forward and backward."""
+    with process_group():
+        rank = dist.get_rank()
+        module = build_module(parallel, micro_batch_sequences, **changes)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            module.train_batch(batch_of(rank))
+        names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+        result = {
+            "reductions": Counter(name for name in names if "reduce" in name),
+            "loss": module.batch_loss,
+            "gradients": {name: whole(parameter.grad) for name, parameter in module.model.named_parameters()},
+            "buffers": dict(module.model.named_buffers()),
+            "split": {name for name, parameter in module.model.named_parameters() if isinstance(parameter, DTensor)},
+            "local_elements": {
+                name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+                for name, parameter in module.model.named_parameters()
+            },
+        }
+        torch.save(result, folder / f"{rank}.pt")
+
+
+def fail_on_first(folder: Path) -> None:
+    """The first process fails; what each of them raises."""
+
+    def fail() -> None:
+        raise CheckpointError(f"refused by process {os.environ['RANK']}")
+
+    with process_group():
+        try:
+            on_first_process(fail)
+        except CheckpointError as error:
+            (folder / f"{dist.get_rank()}.txt").write_text(str(error))
