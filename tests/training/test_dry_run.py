@@ -137,6 +137,39 @@ def test_activations_shrink_with_micro_batch_and_checkpointing(config_path):
     assert whole.total_bytes - half.total_bytes == half.activations_bytes
 
 
+def test_fsdp_leaves_a_process_its_share_of_the_blocks(config_path):
+    config, _ = resolve_config(config_path, ["training.parallel=fsdp", "training.micro_batch_sequences=1"])
+    model = UltraMemForCausalLM(model_config(config))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    whole = sum(size for name, size in sizes.items() if "pool" in name or name.endswith(("keys", "cores")))
+    split = sum(sizes.values()) - whole
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.model.layers]
+    retrieval = sum(size for name, size in sizes.items() if name.endswith(("keys", "cores")))
+    block = blocks[0] - retrieval // len(blocks)
+    one, two, four = (estimate_memory(config, num_processes) for num_processes in (1, 2, 4))
+    assert one.weights_bytes == 4 * (split + whole)
+    assert two.weights_bytes == 4 * (split // 2 + whole + 2 * block)
+    assert two.moments_bytes == 8 * (split // 2 + whole)
+    # Two micro-batches of a process keep whole gradients; one does not.
+    assert two.gradients_bytes == one.gradients_bytes
+    assert four.gradients_bytes == one.gradients_bytes - 4 * (split - split // 4)
+    assert four.activations_bytes == one.activations_bytes
+
+
+def test_ddp_leaves_a_process_everything_but_its_share_of_the_batch(config_path):
+    config, _ = resolve_config(config_path, ["training.micro_batch_sequences=null"])
+    one, two = estimate_memory(config), estimate_memory(config, 2)
+    assert (two.weights_bytes, two.moments_bytes) == (one.weights_bytes, one.moments_bytes)
+    assert two.activations_bytes == one.activations_bytes // 2
+
+
+def test_a_dry_run_of_several_processes(config_path, capsys):
+    print_dry_run(*resolve_dry_run(config_path, ["training.parallel=fsdp"]), num_processes=2)
+    assert "2 (fsdp)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"must be divisible by the number of processes \(3\)"):
+        print_dry_run(*resolve_dry_run(config_path), num_processes=3)
+
+
 def test_dry_run_prints_and_writes_nothing(config_path, capsys):
     print_dry_run(*resolve_config(config_path, ["optimizer.lr=0.125"]))
     text = capsys.readouterr().out

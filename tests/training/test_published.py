@@ -155,7 +155,7 @@ def test_the_torchrun_commands_of_training_md_are_ones_that_torchrun_reads():
     commands = re.findall(r"^(?:srun )?torchrun (.*)$", text, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        arguments = get_args_parser().parse_args(shlex.split(re.sub(r"\$\w+", "4", command)))
+        arguments = get_args_parser().parse_args(shlex.split(re.sub(r"\$SLURM\w+", "4", command)))
         assert (arguments.module, arguments.training_script) == (True, "ultramem.cli")
         verb, config, *overrides = arguments.training_script_args
         loaded = load_config(ROOT / config, overrides)

@@ -18,6 +18,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config, sizes, FLOPs and memory, and stop.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="With --dry-run: figures of one of so many processes.")
+    ] = 1,
     scale: Annotated[
         str | None, typer.Option("--scale", help="`tiny` shrinks the run to seconds, in the folder NAME-tiny.")
     ] = None,
@@ -30,7 +33,7 @@ def train(
     if dry_run:
         from ultramem.training.dry_run import print_dry_run, resolve_dry_run
 
-        print_dry_run(*resolve_dry_run(config, overrides or [], scale))
+        print_dry_run(*resolve_dry_run(config, overrides or [], scale), processes)
         return
     model_folder = run_training(*resolve_config(config, overrides or [], scale))
     if os.environ.get("RANK", "0") == "0":

@@ -3,16 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from ultramem.data.manifest import DataManifest
 from ultramem.data.sources import are_present
 from ultramem.layers import MemoryConfig
-from ultramem.model import UltraMemConfig
+from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
+from ultramem.model.block import UltraMemDecoderLayer
 from ultramem.model.ffn import MoEFFNConfig
+from ultramem.model.roles import parameter_roles
 from ultramem.training.config import RunConfig, load_config
+from ultramem.training.data_parallel import WHOLE_ROLES
+from ultramem.training.processes import check_processes
 from ultramem.training.run import TRAINING_FLOPS_FACTOR, config_yaml, fit_positions, model_config, resolve_config
 from ultramem.training.scale import scale_config
 
@@ -71,8 +76,22 @@ def _table_gradient_bytes(
     return handed_over + FP32_BYTES * width * min(num_lookups * memory.num_selected, num_rows)
 
 
-def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """What one process holds that shares nothing with others, counted from the config alone.
+def _split_parameters(model: UltraMemConfig) -> tuple[int, int]:
+    """Parameters that ``training.parallel: fsdp`` splits over the processes: all, and those of the largest block."""
+    with torch.device("meta"):
+        built = UltraMemForCausalLM(model)
+    roles = parameter_roles(built)
+    split = {name: parameter.numel() for name, parameter in built.named_parameters() if roles[name] not in WHOLE_ROLES}
+    blocks = [name + "." for name, module in built.named_modules() if isinstance(module, UltraMemDecoderLayer)]
+    largest = max(sum(size for name, size in split.items() if name.startswith(block)) for block in blocks)
+    return sum(split.values()), largest
+
+
+def estimate_memory(config: RunConfig, num_processes: int = 1) -> MemoryEstimate:
+    """What one of so many processes holds, counted from the config alone.
+
+    With ``training.parallel: fsdp`` it holds its share of what is split, two blocks gathered whole, and whole gradients
+    where a step has several micro-batches; otherwise everything.
 
     Weights, gradients and AdamW's two moments in fp32, if the config does not narrow the tables' moments. Dense table
     gradients need one more of the values, which a memory's backward makes before it is added. Table gradients as rows:
@@ -97,14 +116,23 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         token_bytes += FP32_BYTES * memory.num_selected * max(value_dim, pre_value_dim)
         gradients_bytes -= FP32_BYTES * card.table_parameters
         gradients_bytes += _table_gradient_bytes(config, memory, len(model.memory_spans), value_dim, pre_value_dim)
-    num_tokens = config.micro_batch_sequences * config.data.sequence_length_tokens
-    return MemoryEstimate(
+    process_sequences = config.training.global_batch_sequences // num_processes
+    micro_batch = min(config.micro_batch_sequences, process_sequences)
+    estimate = MemoryEstimate(
         weights_bytes=FP32_BYTES * card.total_parameters,
         gradients_bytes=gradients_bytes,
         moments_bytes=2 * FP32_BYTES * (card.total_parameters - card.table_parameters)
         + 2 * BYTES_OF_TABLE_MOMENT[config.optimizer.table_moments] * card.table_parameters,
-        activations_bytes=num_tokens * token_bytes,
+        activations_bytes=micro_batch * config.data.sequence_length_tokens * token_bytes,
     )
+    if num_processes > 1 and config.training.parallel == "fsdp":
+        split, largest_block = _split_parameters(model)
+        elsewhere_bytes = FP32_BYTES * (split - split // num_processes)
+        estimate.weights_bytes += 2 * FP32_BYTES * largest_block - elsewhere_bytes
+        estimate.moments_bytes -= 2 * elsewhere_bytes
+        if micro_batch == process_sequences:
+            estimate.gradients_bytes -= elsewhere_bytes
+    return estimate
 
 
 def saved_bytes_per_token(model: UltraMemConfig, element_bytes: int) -> int:
@@ -147,10 +175,10 @@ def _memory_bytes(model: UltraMemConfig) -> int:
     return FP32_BYTES * num_scores + 36 * memory.num_selected + 2 * FP32_BYTES * model.hidden_size
 
 
-def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[str, str]]:
+def summarize(config: RunConfig, manifest: DataManifest | None, num_processes: int = 1) -> list[tuple[str, str]]:
     """The figures of a run as (name, text) rows; without a manifest the number of epochs is left out."""
     card = cost_card(model_config(config))
-    memory = estimate_memory(config)
+    memory = estimate_memory(config, num_processes)
     length = config.data.sequence_length_tokens
     # A token attends to half the sequence on average.
     forward_flops = card.flops_per_token(length // 2)
@@ -165,6 +193,7 @@ def summarize(config: RunConfig, manifest: DataManifest | None) -> list[tuple[st
         ("FLOPs per token, forward", f"{forward_flops:,.0f}"),
         ("FLOPs per token, training", f"{TRAINING_FLOPS_FACTOR * forward_flops:,.0f}"),
         ("FLOPs of the run", f"{TRAINING_FLOPS_FACTOR * forward_flops * num_tokens:.3e}"),
+        ("processes", f"{num_processes} ({config.training.parallel or 'ddp'})" if num_processes > 1 else "1"),
         ("memory per process: weights", format_bytes(memory.weights_bytes)),
         ("memory per process: gradients", format_bytes(memory.gradients_bytes)),
         ("memory per process: optimizer moments", format_bytes(memory.moments_bytes)),
@@ -193,14 +222,19 @@ def format_bytes(num_bytes: int) -> str:
     return f"{value:.1f} {units[0]}"
 
 
-def print_dry_run(config: RunConfig, manifest: DataManifest | None) -> None:
-    """Prints the resolved config and the figures, and without a manifest that the data are not prepared."""
+def print_dry_run(config: RunConfig, manifest: DataManifest | None, num_processes: int = 1) -> None:
+    """Prints the resolved config and the figures, and without a manifest that the data are not prepared.
+
+    Raises:
+        ConfigError: so many processes cannot train this config.
+    """
+    check_processes(config, num_processes)
     console = Console(soft_wrap=True)
     console.print(config_yaml(config), markup=False, highlight=False)
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    for name, text in [*summarize(config, manifest), *mixture_rows(config, manifest)]:
+    for name, text in [*summarize(config, manifest, num_processes), *mixture_rows(config, manifest)]:
         table.add_row(name, text)
     console.print(table)
     if manifest is None:

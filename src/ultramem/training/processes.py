@@ -46,9 +46,9 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def check_processes(config: RunConfig) -> None:
+def check_processes(config: RunConfig, num_processes: int) -> None:
     """Raises ConfigError for what several processes cannot do: unequal shares of a batch, table gradients as rows."""
-    num_processes, training = get_world_size(), config.training
+    training = config.training
     if num_processes == 1:
         return
     if training.table_gradients == "rows":

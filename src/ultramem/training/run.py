@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
@@ -140,7 +140,7 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
     """
     run_folder = config.save_folder
     with process_group(), ExitStack() as held:
-        check_processes(config)
+        check_processes(config, get_world_size())
         on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
         with explained_write_errors(run_folder), _quiet_engine(run_folder / "train.log"):
             on_first_process(partial(_prepare_run_folder, config, manifest))
