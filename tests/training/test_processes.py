@@ -23,8 +23,6 @@ from tiny_training import (
 )
 from ultramem.errors import ConfigError
 from ultramem.training.checkpoints import complete_steps
-from ultramem.training.config import RunConfig, TrainingSection
-from ultramem.training.processes import check_processes
 from ultramem.training.run import resolve_config, train
 
 pytestmark = pytest.mark.dist
@@ -66,6 +64,15 @@ def assert_same_lines(lines, expected):
         assert line == pytest.approx(other, **TOLERANCE)
 
 
+def assert_same_runs(run, whole):
+    """Every step's metrics, and the exported weights."""
+    assert_same_lines(metrics_lines(run), metrics_lines(whole))
+    expected, weights = (load_file(folder / "step12-hf" / "model.safetensors") for folder in (whole, run))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.fixture(scope="module")
 def whole_runs(data_folder, tmp_path_factory):
     """Folders of runs in one process, by model, made when first asked for."""
@@ -90,19 +97,25 @@ def test_two_processes_equal_one(whole_runs, data_folder, tmp_path, model, paral
     )
     run_parallel_training(config_path)
     whole, run = whole_runs(model), tmp_path / "run"
-    lines = metrics_lines(run)
-    assert lines[0]["optim/dense grad norm"] > 0.05
-    assert_same_lines(lines, metrics_lines(whole))
-    expected, weights = (load_file(folder / "step12-hf" / "model.safetensors") for folder in (whole, run))
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert metrics_lines(run)[0]["optim/dense grad norm"] > 0.05
+    assert_same_runs(run, whole)
     names = ("config.json", "generation_config.json", "tokenizer.json")
     texts = [[(folder / "step12-hf" / name).read_text() for name in names] for folder in (whole, run)]
     assert texts[0] == texts[1]
     log = config_path.with_suffix(".log").read_text().splitlines()
     assert [line.split()[1] for line in log if line.startswith("step")] == [f"{step}/12" for step in range(1, 13)]
     assert log[12:] == [f"model: {run}/step12-hf"]
+
+
+def test_tables_updated_row_by_row_in_two_processes(data_folder, tmp_path):
+    """Each process touches rows that the other does not."""
+    folders = {}
+    for parallel, start in ((None, run_training), ("ddp", run_parallel_training), ("fsdp", run_parallel_training)):
+        folders[parallel] = folder = tmp_path / str(parallel)
+        settings = settings_of(data_folder, folder, parallel=parallel, table_gradients="rows")
+        start(write_config(tmp_path / f"{parallel}.yaml", settings))
+    for parallel in ("ddp", "fsdp"):
+        assert_same_runs(folders[parallel], folders[None])
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -189,13 +202,6 @@ def test_processes_that_cannot_find_each_other_are_refused(data_folder, tmp_path
     message = r"2 processes \(WORLD_SIZE\), but lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: .*torchrun"
     with pytest.raises(ConfigError, match=message):
         train(*resolve_config(config_path))
-
-
-def test_rows_in_several_processes_are_refused():
-    config = RunConfig(training=TrainingSection(table_gradients="rows"))
-    check_processes(config, 1)
-    with pytest.raises(ConfigError, match="rows' trains in one process, but the run has 2: use 'dense', or start"):
-        check_processes(config, 2)
 
 
 def torchrun(config_path, *overrides):

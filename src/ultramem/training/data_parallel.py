@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ultramem.layers.retrieval import AdditiveRetrieval
 from ultramem.model.block import UltraMemDecoderLayer
-from ultramem.training.config import Parallel
+from ultramem.ops import scatter
+from ultramem.training.config import Parallel, TableGradients
 
 WHOLE_ROLES = ("table", "key")
 
@@ -29,7 +30,9 @@ class DataParallel:
         forward: the module to call for a training step.
     """
 
-    def __init__(self, model: nn.Module, roles: Mapping[str, str], mode: Parallel) -> None:
+    def __init__(
+        self, model: nn.Module, roles: Mapping[str, str], mode: Parallel, table_gradients: TableGradients = "dense"
+    ) -> None:
         """Prepares the model in place, before an optimizer takes its parameters.
 
         Args:
@@ -37,6 +40,7 @@ class DataParallel:
             roles: role of every parameter by name.
             mode: ``ddp`` replicates everything; ``fsdp`` splits the weights of every block, its gradients and moments
                 over the processes, and replicates the memories' tables and keys.
+            table_gradients: with ``rows`` the tables have no gradient to average; see :meth:`average_rows`.
         """
         self.model = model
         self.forward: nn.Module = model
@@ -47,6 +51,9 @@ class DataParallel:
         if mode == "fsdp":
             self._replicated = _shard(model, roles)
         else:
+            if table_gradients == "rows":
+                tables = [name for name, role in roles.items() if role == "table"]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
             # Buffers follow from the weights, or are averaged below.
             self.forward = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
@@ -74,6 +81,23 @@ class DataParallel:
         ]
         self._average_(gradients + statistics)
 
+    def average_rows(self, gradients: dict[nn.Parameter, tuple[Tensor, Tensor]]) -> None:
+        """Replaces each process's row gradients by their mean over the processes, equal to the bit in all of them.
+
+        Args:
+            gradients: table → rows [M] int64, distinct, and their gradients [M, V]; a row that a process lacks counts
+                as zero there. Every process sends all of its rows.
+        """
+        if self.num_processes == 1:
+            return
+        for table, (rows_M, gradient_MV) in gradients.items():
+            touched = torch.cat(_gather(rows_M))
+            rows, position = torch.unique(touched, return_inverse=True)
+            sent = torch.cat(_gather(gradient_MV)) / self.num_processes
+            ones = sent.new_ones(len(sent), 1)
+            # In the order of the processes, whatever the device: all must come to the same bits.
+            gradients[table] = rows, scatter(position[:, None], ones, sent, len(rows)).to(gradient_MV.dtype)
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes of a number that each has, detached."""
         value = value.detach()
@@ -89,6 +113,20 @@ class DataParallel:
         for work, tensor in zip(pending, tensors, strict=True):
             work.wait()
             tensor.div_(self.num_processes)
+
+
+def _gather(tensor: Tensor) -> list[Tensor]:
+    """Every process's tensor; they may differ in their first dimension."""
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(get_world_size())]
+    dist.all_gather(lengths, length)
+    sizes = [int(size) for size in lengths]
+    # Not every backend sends unequal parts.
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _shard(model: nn.Module, roles: Mapping[str, str]) -> list[nn.Parameter]:

@@ -47,15 +47,8 @@ def process_group() -> Iterator[None]:
 
 
 def check_processes(config: RunConfig, num_processes: int) -> None:
-    """Raises ConfigError for what several processes cannot do: unequal shares of a batch, table gradients as rows."""
+    """Raises ConfigError if the processes would have unequal shares of a batch."""
     training = config.training
-    if num_processes == 1:
-        return
-    if training.table_gradients == "rows":
-        raise ConfigError(
-            f"'training.table_gradients: rows' trains in one process, but the run has {num_processes}: use 'dense', or "
-            "start it without torchrun"
-        )
     micro_batch = training.micro_batch_sequences or 1
     if training.global_batch_sequences % (micro_batch * num_processes):
         raise ConfigError(

@@ -64,8 +64,9 @@ class UltraMemTrainModule(TrainModule):
         super().__init__()
         self.model = model
         self.config = config
-        self.parallel = DataParallel(model, roles, config.training.parallel or "ddp")
-        self.optim = build_optimizer(model, roles, config.optimizer, config.training.table_gradients)
+        table_gradients = config.training.table_gradients
+        self.parallel = DataParallel(model, roles, config.training.parallel or "ddp", table_gradients)
+        self.optim = build_optimizer(model, roles, config.optimizer, table_gradients)
         self.schedules = build_schedules(config)
         self.flops_per_token = flops_per_token
         num_slots = getattr(model, "num_slots_per_memory", []) if config.logging.memory_interval_steps else []
@@ -107,6 +108,8 @@ class UltraMemTrainModule(TrainModule):
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
         self.parallel.finish_gradients()
+        if isinstance(self.optim, RowAdamW):
+            self.parallel.average_rows(self.optim.coalesce())
         self.batch_loss = self.parallel.mean(torch.stack(list(totals.values())).sum())
         self.record_ce_loss(totals.pop("cross_entropy"), ReduceType.mean)
         for name, value in totals.items():
