@@ -65,14 +65,7 @@ class DataParallel:
     def finish_gradients(self) -> None:
         """After the last micro-batch: averages what the engine left, and the running statistics of batch norms."""
         gradients = [parameter.grad for parameter in self._replicated if parameter.grad is not None]
-        statistics = [
-            buffer
-            for module in self.model.modules()
-            if isinstance(module, AdditiveRetrieval)
-            for buffer in (module.query_mean, module.query_variance)
-            if buffer is not None
-        ]
-        self._average_(gradients + statistics)
+        self._average_(gradients + running_statistics(self.model))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes of a number that each has, detached."""
@@ -89,6 +82,17 @@ class DataParallel:
         for work, tensor in zip(pending, tensors, strict=True):
             work.wait()
             tensor.div_(self.num_processes)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that forward passes in training change: those of batch-normalised queries."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, AdditiveRetrieval)
+        for buffer in (module.query_mean, module.query_variance)
+        if buffer is not None
+    ]
 
 
 def _shard(model: nn.Module, roles: Mapping[str, str]) -> list[nn.Parameter]:
