@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +133,18 @@ def _own_share(
     Where the last round has no batch left for a process, it gets one of another's that does not count.
     """
     rank, num_processes = _process()
-    batches = iter(batches)
-    while round_ := list(islice(batches, num_processes)):
-        counts = rank < len(round_)
-        yield *round_[rank if counts else 0], counts
+    num_left = 0
+    for index, batch in enumerate(batches):
+        place = index % num_processes
+        if place == 0:
+            first = batch
+        if place == rank:
+            own = batch
+        num_left = (place + 1) % num_processes
+        if num_left == 0:
+            yield *own, True
+    if num_left:
+        yield (*own, True) if rank < num_left else (*first, False)
 
 
 def _total(loss_sum: float, num_tokens: int, device: torch.device) -> tuple[float, int]:

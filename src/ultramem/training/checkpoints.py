@@ -1,8 +1,8 @@
 """Run folders: complete training states, self-contained model folders, and what a killed run leaves behind.
 
-A ``stepN`` folder is complete when its ``.metadata.json`` is there: it is written after the tensors and their checksums,
-and removed first when a folder goes. Everything else in this module is arranged so that the newest complete one always
-exists.
+A ``stepN`` folder is complete when its ``.metadata.json`` is there: that is written after the tensors and their
+checksums, and removed first when a folder goes. Everything else in this module is arranged so that the newest complete
+one always exists.
 """
 
 import errno

@@ -3,7 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from olmo_core.distributed.utils import get_rank
@@ -101,6 +101,8 @@ def _read(numbers: Tensor) -> list[float]:
 class SkippedSteps(Callback):
     """Keeps the counts of skipped steps in the training state, and reports their number."""
 
+    # Before the step's checkpoint is saved.
+    priority: ClassVar[int] = 3
     counts: SkipCounts = field(default_factory=SkipCounts)
     is_reported: bool = True
 

@@ -1,9 +1,12 @@
 """Which sequences a batch holds, by their place in the order in which a run reads the data, and what is in them."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
+from olmo_core.data.composable import InstanceSource
 from olmo_core.data.data_loader import DataLoaderBase, NumpyDataLoaderBase
 from torch import Tensor
 
@@ -68,19 +71,23 @@ def read_sequences(
         if isinstance(loader, NumpyDataLoaderBase):
             tokens, source = loader.dataset[index]["input_ids"], _place(index, config, manifest)
         else:
-            item = loader.get_instance(index)
-            tokens, source = item["input_ids"], item["metadata"]["source"]
+            tokens, source = loader.get_instance(index)["input_ids"], _source(index, loader.sources_for_this_epoch[0])
         yield TrainingSequence(position, source, tokens)
+
+
+def _source(index: int, mixture: InstanceSource) -> str:
+    """Source of a sequence of a mixture, which holds one source's after the other's."""
+    ends = list(accumulate(len(sampled) for sampled in mixture.children()))
+    return str(mixture.children()[bisect_right(ends, index)].label)
 
 
 def _place(index: int, config: RunConfig, manifest: DataManifest) -> str:
     """File and tokens of a sequence of the training split."""
     length, split = config.data.sequence_length_tokens, manifest.splits["train"]
-    for file, num_tokens in zip(split.files, split.file_tokens, strict=True):
-        if index < num_tokens // length:
-            return f"{file}, tokens {index * length:,}-{(index + 1) * length - 1:,}"
-        index -= num_tokens // length
-    raise AssertionError("a sequence behind the last file")
+    ends = list(accumulate(num_tokens // length for num_tokens in split.file_tokens))
+    number = bisect_right(ends, index)
+    first_token = (index - (ends[number - 1] if number else 0)) * length
+    return f"{split.files[number]}, tokens {first_token:,}-{first_token + length - 1:,}"
 
 
 def print_sequences(config: RunConfig, manifest: DataManifest, text: str) -> None:
