@@ -1,6 +1,7 @@
 """What the tests of several processes run in each of them; results go to a file per process."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_training import VOCAB_SIZE, tiny_model, train_quietly
 from ultramem.errors import CheckpointError
 from ultramem.evaluation.perplexity import evaluate_perplexity
 from ultramem.model.roles import parameter_roles
-from ultramem.training import train_module
+from ultramem.training import checkpoints, run, states, train_module
 from ultramem.training.config import DataSection, LoggingSection, RunConfig, TrainingSection
 from ultramem.training.processes import on_first_process, process_group
 from ultramem.training.train_module import UltraMemTrainModule
@@ -151,3 +152,25 @@ def measure_shared(folder: Path, files: list[Path], parallel: str, options: dict
         module.model.register_forward_hook(lambda *_: forwards.append(1))
         result = evaluate_perplexity(module.model, files, share_batches=True, **options)
         torch.save((result.loss, result.num_tokens, len(forwards)), folder / f"{dist.get_rank()}.pt")
+
+
+PLACES = {
+    "building": (run, "build_model"),
+    "loading": (states.StateCheckpointer, "load"),
+    "exporting": (checkpoints, "export_model"),
+    "saving": (states, "write_checksums"),
+}
+
+
+def train_slowly_at(config_path: Path, place: str, overrides: list[str]) -> None:
+    """Trains, and waits for a second in one of ``PLACES``, after the file ``PLACE-RANK`` beside the config has come."""
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+
+    def wait_first(*arguments: Any, **options: Any) -> Any:
+        (Path(config_path).parent / f"{place}-{os.environ.get('RANK', '0')}").touch()
+        time.sleep(1)
+        return function(*arguments, **options)
+
+    setattr(owner, name, wait_first)
+    train_quietly(config_path, overrides)
