@@ -81,6 +81,19 @@ def test_a_full_disk_is_explained_however_it_is_reported(tmp_path, error, cause)
         raise RuntimeError("training failed") from error
 
 
+def test_a_read_only_run_folder_is_explained_and_no_other_file(tmp_path):
+    make_step(tmp_path, "step10")
+    message = (
+        f"cannot write to the run folder '{tmp_path}': Permission denied. Free .*make it writable; step 10 is comp"
+    )
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "config.yaml.tmp"))
+    with pytest.raises(CheckpointError, match=message), explained_write_errors(tmp_path):
+        raise refused
+    elsewhere = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/part-00000.npy")
+    with pytest.raises(PermissionError), explained_write_errors(tmp_path):
+        raise elsewhere
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), explained_write_errors(tmp_path):
         (tmp_path / "absent").read_text()
