@@ -84,11 +84,10 @@ def test_settings_that_are_made_already_are_not_named(config_path):
     assert "(now null, the whole batch of 4)" in advice(config_path, "training.micro_batch_sequences=null")
 
 
-def test_several_processes_are_not_sent_to_what_trains_in_one(config_path, monkeypatch):
+def test_several_processes_are_sent_to_fsdp_once(config_path, monkeypatch):
     monkeypatch.setattr(out_of_memory, "get_world_size", lambda: 2)
-    text = advice(config_path)
-    assert "rows" not in text
-    assert "'training.parallel: fsdp' (now ddp)" in text
+    assert "set 'training.table_gradients: rows' (now dense)" in advice(config_path)
+    assert "'training.parallel: fsdp' (now ddp)" in advice(config_path)
     assert "parallel" not in advice(config_path, "training.parallel=fsdp")
 
 

@@ -40,7 +40,7 @@ def _advice(config: RunConfig) -> str:
     # The dry run imports the module that trains, which imports this one.
     from ultramem.training.dry_run import estimate_memory, format_bytes
 
-    estimate = estimate_memory(config)
+    estimate = estimate_memory(config, get_world_size())
     parts = {
         "weights": estimate.weights_bytes,
         "gradients": estimate.gradients_bytes,
@@ -65,9 +65,9 @@ def _remedies(config: RunConfig) -> list[str]:
         remedies.append(f"lower 'training.micro_batch_sequences' (now {now})")
     if not training.gradient_checkpointing:
         remedies.append("set 'training.gradient_checkpointing: true' (now false)")
-    if has_tables and training.table_gradients == "dense" and num_processes == 1:
+    if has_tables and training.table_gradients == "dense":
         remedies.append("set 'training.table_gradients: rows' (now dense)")
-    if has_tables and optimizer.table_moments != "8bit" and num_processes == 1:
+    if has_tables and optimizer.table_moments != "8bit":
         needs = "" if training.table_gradients == "rows" else ", with 'training.table_gradients: rows'"
         remedies.append(
             f"set 'optimizer.table_moments' to bf16 or 8bit{needs} (now {optimizer.table_moments}; a run keeps "
