@@ -9,5 +9,8 @@ TORCH_LIBRARY(ultramem_cpu, m) {
   m.def("bag", &ultramem::bag);
   m.def("pooled_read", &ultramem::pooled_read);
   m.def("set_ahead", &ultramem::set_ahead);
+  m.def("product_topk", &ultramem::product_topk);
+  m.def("key_search", &ultramem::key_search);
+  m.def("key_search_backward", &ultramem::key_search_backward);
   m.def("advise_huge_pages", &ultramem::advise_huge_pages);
 }
