@@ -115,18 +115,7 @@ def _key_search(
 
 
 @_key_search.register_fake
-def _(
-    query_N2Qd,
-    keys_H2Srd,
-    cores_CHrr,
-    row_direction,
-    col_direction,
-    contracted,
-    top_k,
-    coarse_top_k,
-    search,
-    backend=backends.AUTO,
-):  # type: ignore[no-untyped-def]
+def _(query_N2Qd, keys_H2Srd, cores_CHrr, row_direction_Hr, col_direction_Hr, contracted, top_k, *_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, rank = query_N2Qd.shape[0], keys_H2Srd.shape[0], keys_H2Srd.shape[3]
     return (
         query_N2Qd.new_empty(num_tokens, num_heads, top_k, cores_CHrr.shape[0]),
@@ -145,7 +134,8 @@ def key_search_gradients(
     cores_CHrr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch definition of the gradients of queries, keys and cores; every backend must agree with it."""
-    *grad_sides, grad_cores = key_gradients(grad_scores_NHKC, *fine_NHK2r.unbind(3), cores_CHrr)
+    row_NHKr, col_NHKr = fine_NHK2r.unbind(3)
+    *grad_sides, grad_cores = key_gradients(grad_scores_NHKC, row_NHKr, col_NHKr, cores_CHrr)
     _, _, num_keys, rank, _ = keys_H2Srd.shape
     grad_queries, grad_keys = [], []
     for side, (gradient, chosen) in enumerate(zip(grad_sides, _slot_keys(slots_NHK, keys_H2Srd), strict=True)):

@@ -215,17 +215,7 @@ def _product_topk(
 
 
 @_product_topk.register_fake
-def _(
-    row_scores_NHSr,
-    col_scores_NHSr,
-    cores_CHrr,
-    row_direction_Hr,
-    col_direction_Hr,
-    top_k,
-    coarse_top_k,
-    search,
-    backend=backends.AUTO,
-):  # type: ignore[no-untyped-def]
+def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, *_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads = row_scores_NHSr.shape[:2]
     return (
         row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, 1 if cores_CHrr is None else cores_CHrr.shape[0]),
