@@ -78,9 +78,10 @@ def _run(
     if choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd) == backends.CPU:
         if contracted_2HSe is None:
             contracted_2HSe = contract_sides(keys_H2Srd, row_direction_Hr, col_direction_Hr, query_N2Qd.shape[2])
-        coarse = torch.bmm(query_N2Qd.flatten(2).transpose(0, 1), contracted_2HSe.flatten(1, 2).transpose(1, 2))
-        operands = (query_N2Qd.contiguous(), keys_H2Srd.contiguous(), coarse, cores_CHrr.contiguous())
-        scores, slots, fine = torch.ops.ultramem_cpu.key_search(*operands, top_k, coarse_top_k, search == "signed")
+        operands = (query_N2Qd, keys_H2Srd, contracted_2HSe, cores_CHrr)
+        scores, slots, fine = torch.ops.ultramem_cpu.key_search(
+            *(operand.contiguous() for operand in operands), top_k, coarse_top_k, search == "signed"
+        )
         return scores, slots, fine
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
     scores, slots = product_topk_reference(
