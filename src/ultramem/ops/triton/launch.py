@@ -46,9 +46,17 @@ def launch(
 
     with torch.cuda.device_of(device_of):
         if torch.are_deterministic_algorithms_enabled():
-            kernel.fn[grid](*arguments, **constants, **kernel.configs[0].all_kwargs())
+            kernel.fn[grid](*arguments, **constants, **untuned(kernel, constants).all_kwargs())
         else:
             kernel[grid](*arguments, **constants)
+
+
+def untuned(kernel: Any, constants: dict[str, Any]) -> triton.Config:
+    """The configuration that a kernel runs in where none is tuned."""
+    fitting: list[triton.Config] = kernel.configs
+    if kernel.early_config_prune:
+        fitting = kernel.early_config_prune(fitting, {}, **constants)
+    return fitting[0]
 
 
 def check_range(name: str, what: str, values: Tensor, end: int) -> None:

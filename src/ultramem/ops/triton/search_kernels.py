@@ -9,8 +9,17 @@ import triton.language as tl
 
 from ultramem.ops.triton.launch import configs
 
-_KEYS = configs(({}, 4), ({}, 1), ({}, 2), ({}, 8))
-_PAIRS = configs(({}, 4), ({}, 2), ({}, 8), ({}, 16))
+_WARPS = configs(({}, 4), ({}, 1), ({}, 2), ({}, 8), ({}, 16), ({}, 32))
+
+
+def _fitting(tuned, _, **constants):
+    """The configurations with at least one element a thread, and few enough that they stay in its registers."""
+    elements = constants["BLOCK_M"] ** 2 if "BLOCK_M" in constants else constants.get("BLOCK_S", 0)
+    elements = max(elements, constants.get("BLOCK_K", 0))
+    return [config for config in tuned if 1 <= elements / (32 * config.num_warps) <= 32] or tuned[:1]
+
+
+_PRUNED = {"early_config_prune": _fitting}
 
 
 @triton.jit
@@ -33,7 +42,7 @@ def _threshold(key, valid, count):
     return lowest
 
 
-@triton.autotune(_KEYS, key=["side", "rank", "coarse_top_k"], cache_results=True)
+@triton.autotune(_WARPS, key=["side", "rank", "coarse_top_k"], prune_configs_by=_PRUNED, cache_results=True)
 @triton.jit
 def coarse_kernel(
     row_ptr,
@@ -72,7 +81,7 @@ def coarse_kernel(
     tl.store(keys_ptr + program.to(tl.int64) * coarse_top_k + position, key, mask=kept)
 
 
-@triton.autotune(_PAIRS, key=["rank", "coarse_top_k", "top_k"], cache_results=True)
+@triton.autotune(_WARPS, key=["rank", "coarse_top_k", "top_k"], prune_configs_by=_PRUNED, cache_results=True)
 @triton.jit
 def pairs_kernel(
     row_ptr,
@@ -128,7 +137,7 @@ def _order_of_appearance(marked):
     return before[:, None] + tl.cumsum(marked, axis=1) - marked
 
 
-@triton.autotune(_KEYS, key=["rank", "num_cores", "top_k"], cache_results=True)
+@triton.autotune(_WARPS, key=["rank", "num_cores", "top_k"], prune_configs_by=_PRUNED, cache_results=True)
 @triton.jit
 def rank_kernel(
     row_ptr,
