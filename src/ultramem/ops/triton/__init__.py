@@ -46,7 +46,9 @@ def why_unavailable() -> str | None:
     if interpreted():
         return None
     if not torch.cuda.is_available():
-        return "no CUDA device is to be had; for tests, TRITON_INTERPRET=1 set before python starts runs them on the CPU"
+        return (
+            "no CUDA device is to be had; for tests, TRITON_INTERPRET=1 set before python starts runs them on the CPU"
+        )
     capability = torch.cuda.get_device_capability()
     if capability < MINIMUM_CAPABILITY:
         return (

@@ -19,7 +19,7 @@ def configs(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
     Under the interpreter, which has nothing to tune, blocks shrink so that small tests cross their borders.
     """
     if interpreted():
-        return [triton.Config({name: min(size, 4) for name, size in choices[0][0].items()})]
+        return [triton.Config({name: min(size, 8) for name, size in choices[0][0].items()})]
     return [triton.Config(dict(sizes), num_warps=num_warps) for sizes, num_warps in choices]
 
 

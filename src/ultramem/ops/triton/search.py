@@ -1,11 +1,11 @@
-"""The two-stage product_topk and its gradient by Triton kernels; results are those of the reference."""
+"""The two-stage product_topk and the sums that its gradient needs, by Triton kernels; results are the reference's."""
 
 import torch
 import triton
 from torch import Tensor
 
 from ultramem.ops.triton.launch import contiguous, launch
-from ultramem.ops.triton.search_kernels import coarse_kernel, key_gradients_kernel, pairs_kernel, rank_kernel
+from ultramem.ops.triton.search_kernels import coarse_kernel, pairs_kernel, put_keys_kernel, rank_kernel
 
 # The pairs of one token and head live in the registers of one program, its results in one sort.
 MAXIMUM_COARSE_TOP_K = 128
@@ -75,29 +75,15 @@ def product_topk(
     return scores, slots
 
 
-def key_gradients(
-    grad_scores_NHKC: Tensor,
-    row_scores_NHSr: Tensor,
-    col_scores_NHSr: Tensor,
-    cores_CHrr: Tensor | None,
-    slots_NHK: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the fine scores of both sides, [N, H, S, r] each, without atomic additions."""
-    num_tokens, num_heads, side, rank = row_scores_NHSr.shape
-    num_cores, top_k = grad_scores_NHKC.shape[3], slots_NHK.shape[2]
-    grad, row, col, cores, slots = contiguous(
-        [grad_scores_NHKC, row_scores_NHSr, col_scores_NHSr, cores_CHrr, slots_NHK]
+def put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
+    """Sums of the slots' gradients over equal keys, [N, H, S, r] in fp32, without atomic additions."""
+    num_tokens, num_heads, top_k, rank = gradient_NHKr.shape
+    gradient, keys = contiguous([gradient_NHKr, keys_NHK])
+    out = gradient_NHKr.new_empty(num_tokens, num_heads, side, rank)
+    launch(
+        put_keys_kernel,
+        lambda blocks: num_tokens * num_heads * triton.cdiv(side, blocks["BLOCK_S"]),
+        out,
+        *(gradient, keys, out, side, rank, top_k),
     )
-    gradients = []
-    for other, is_col in ((col, False), (row, True)):
-        out = torch.empty_like(row_scores_NHSr, memory_format=torch.contiguous_format)
-        launch(
-            key_gradients_kernel,
-            lambda blocks: num_tokens * num_heads * triton.cdiv(side, blocks["BLOCK_S"]),
-            out,
-            *(grad, other, cores, slots, out, num_heads, side, rank, top_k, num_cores),
-            HAS_CORES=cores is not None,
-            IS_COL=is_col,
-        )
-        gradients.append(out)
-    return gradients[0], gradients[1]
+    return out

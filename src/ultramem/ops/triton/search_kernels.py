@@ -66,7 +66,7 @@ def coarse_kernel(
         scores_ptr, direction_ptr = col_ptr, col_direction_ptr
     key = tl.arange(0, BLOCK_S)
     valid = key < side
-    score = tl.zeros([BLOCK_S], dtype=tl.float32)
+    score = tl.full([BLOCK_S], 0.0, dtype=tl.float32)
     for axis in range(rank):
         part = tl.load(scores_ptr + (place * side + key) * rank + axis, mask=valid, other=0.0)
         if HAS_DIRECTIONS:
@@ -108,9 +108,9 @@ def pairs_kernel(
     row_start = (place * side + tl.load(keys_ptr + 2 * place * coarse_top_k + i, mask=in_side, other=0)) * rank
     col_start = (place * side + tl.load(keys_ptr + (2 * place + 1) * coarse_top_k + i, mask=in_side, other=0)) * rank
     if HAS_CORES:
-        score = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
+        score = tl.full([BLOCK_M, BLOCK_M], 0.0, dtype=tl.float32)
         for q in range(rank):
-            turned = tl.zeros([BLOCK_M], dtype=tl.float32)
+            turned = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
             for p in range(rank):
                 weight = tl.load(core_ptr + (head * rank + p) * rank + q)
                 turned += tl.load(row_ptr + row_start + p, mask=in_side, other=0.0) * weight
@@ -172,9 +172,9 @@ def rank_kernel(
     out = scores_ptr + (place * top_k + k) * num_cores
     if HAS_CORES:
         for core in range(num_cores):
-            score = tl.zeros([BLOCK_K], dtype=tl.float32)
+            score = tl.full([BLOCK_K], 0.0, dtype=tl.float32)
             for q in range(rank):
-                turned = tl.zeros([BLOCK_K], dtype=tl.float32)
+                turned = tl.full([BLOCK_K], 0.0, dtype=tl.float32)
                 for p in range(rank):
                     weight = tl.load(cores_ptr + ((core * num_heads + head) * rank + p) * rank + q)
                     turned += tl.load(row_ptr + row_start + p) * weight
@@ -192,49 +192,27 @@ def rank_kernel(
     cache_results=True,
 )
 @triton.jit
-def key_gradients_kernel(
+def put_keys_kernel(
     grad_ptr,
-    other_ptr,
-    cores_ptr,
-    slots_ptr,
+    keys_ptr,
     out_ptr,
-    num_heads,
     side,
     rank,
     top_k,
-    num_cores,
-    HAS_CORES: tl.constexpr,
-    IS_COL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of BLOCK_S fine scores of one side: each key looks for itself among the K slots, so none collide."""
-    num_tiles = tl.cdiv(side, BLOCK_S)
+    """Sums over the slots of BLOCK_S keys of one token and head: each key looks for itself, so that none collide."""
+    num_tiles = (side + BLOCK_S - 1) // BLOCK_S
     program = tl.program_id(0)
-    place, head = (program // num_tiles).to(tl.int64), program // num_tiles % num_heads
+    place = (program // num_tiles).to(tl.int64)
     key = program % num_tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     for axis in range(rank):
-        total = tl.zeros([BLOCK_S], dtype=tl.float32)
+        total = tl.full([BLOCK_S], 0.0, dtype=tl.float32)
         for start in range(0, top_k, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            in_k = k < top_k
-            slot = tl.load(slots_ptr + place * top_k + k, mask=in_k, other=0)
-            mine, other = slot // side, slot % side
-            if IS_COL:
-                mine, other = slot % side, slot // side
-            if HAS_CORES:
-                part = tl.zeros([BLOCK_K], dtype=tl.float32)
-                for core in range(num_cores):
-                    turned = tl.zeros([BLOCK_K], dtype=tl.float32)
-                    for q in range(rank):
-                        entry = axis * rank + q
-                        if IS_COL:
-                            entry = q * rank + axis
-                        weight = tl.load(cores_ptr + (core * num_heads + head) * rank * rank + entry)
-                        turned += tl.load(other_ptr + (place * side + other) * rank + q) * weight
-                    part += turned * tl.load(grad_ptr + (place * top_k + k) * num_cores + core, mask=in_k, other=0.0)
-            else:
-                part = tl.load(grad_ptr + place * top_k + k, mask=in_k, other=0.0)
-            is_mine = (key[:, None] == mine[None, :]) & in_k[None, :]
-            total += tl.sum(tl.where(is_mine, part[None, :], 0.0), axis=1)
+            slot = place * top_k + k
+            selected = tl.load(keys_ptr + slot, mask=k < top_k, other=-1)
+            part = tl.load(grad_ptr + slot * rank + axis, mask=k < top_k, other=0.0)
+            total += tl.sum(tl.where(key[:, None] == selected[None, :], part[None, :], 0.0), axis=1)
         tl.store(out_ptr + (place * side + key) * rank + axis, total, mask=key < side)

@@ -60,7 +60,7 @@ def gather_dot_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Dot products of one token with BLOCK_K of its rows, slice by slice."""
-    num_tiles = tl.cdiv(num_selected, BLOCK_K)
+    num_tiles = (num_selected + BLOCK_K - 1) // BLOCK_K
     token = (tl.program_id(0) // num_tiles).to(tl.int64)
     k = (tl.program_id(0) % num_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < num_selected
@@ -72,7 +72,7 @@ def gather_dot_kernel(
     if HAS_BLOCKS:
         x_starts = x_start + tl.load(block_ptr + slot, mask=in_k, other=0).to(tl.int64) * width
     for core in range(num_cores):
-        total = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+        total = tl.full([BLOCK_K, BLOCK_V], 0.0, dtype=tl.float32)
         for start in range(0, slice_width, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
             in_v = column < slice_width
@@ -111,7 +111,7 @@ def bag_kernel(
 
     Rows of other blocks are masked and so never read: E blocks read each row once between them.
     """
-    num_tiles = tl.cdiv(slice_width, BLOCK_V)
+    num_tiles = (slice_width + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < slice_width
@@ -120,7 +120,7 @@ def bag_kernel(
     token = (program // (num_tiles * num_cores * num_blocks)).to(tl.int64)
     column += core * slice_width
     width = slice_width * num_cores
-    total = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+    total = tl.full([BLOCK_K, BLOCK_V], 0.0, dtype=tl.float32)
     for start in range(0, num_selected, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mine = k < num_selected
@@ -156,8 +156,8 @@ def scatter_atomic_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Add BLOCK_K weighted copies of BLOCK_V columns of one token onto its rows, in whatever order memory takes them."""
-    num_slot_tiles, num_tiles = tl.cdiv(num_selected, BLOCK_K), tl.cdiv(slice_width, BLOCK_V)
+    """Add BLOCK_K weighted copies of BLOCK_V columns of one token onto its rows, in whatever order they arrive."""
+    num_slot_tiles, num_tiles = (num_selected + BLOCK_K - 1) // BLOCK_K, (slice_width + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < slice_width
@@ -208,7 +208,7 @@ def segment_sum_kernel(
     selected does not wait for one program. The run's first piece writes the row, a later one, which begins with its
     chunk, writes the chunk's partial sum.
     """
-    num_tiles = tl.cdiv(slice_width, BLOCK_V)
+    num_tiles = (slice_width + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < slice_width
@@ -222,7 +222,7 @@ def segment_sum_kernel(
         later = first + tl.arange(0, CHUNK)
         in_piece = (later < num_entries) & (later // CHUNK == first // CHUNK)
         in_piece = in_piece & (tl.load(row_ptr + later, mask=in_piece, other=-1) == row)
-        total = tl.zeros([BLOCK_V], dtype=tl.float32)
+        total = tl.full([BLOCK_V], 0.0, dtype=tl.float32)
         # One entry after the other: the order of the sum depends on no block size.
         for offset in range(tl.sum(in_piece.to(tl.int32))):
             entry = tl.load(entry_ptr + first + offset).to(tl.int64)
@@ -249,7 +249,7 @@ def add_partials_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Add the partial sums of one row that spans several chunks; the program of its first later chunk does it."""
-    num_tiles = tl.cdiv(width, BLOCK_V)
+    num_tiles = (width + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < width

@@ -44,9 +44,7 @@ def gather_dot(
     return out.to(x_NV.dtype)
 
 
-def bag(
-    idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1
-) -> Tensor:
+def bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1) -> Tensor:
     """`ultramem.ops.bag` on a device: [N, E·V] in the table's dtype. A wrong index is not caught there."""
     num_tokens, num_selected, num_cores = w_NKC.shape
     num_rows, width = table_RV.shape
