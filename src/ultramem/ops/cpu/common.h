@@ -1,11 +1,12 @@
-// What all kernels share: vectors as wide as the target's registers, loads that widen to fp32, checks, row prefetch.
+// What all kernels share: vectors as wide as the target's registers, loads that widen to fp32, row prefetch.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
-#include <torch/library.h>
+#include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -36,10 +37,7 @@ inline Floats load(const float* from) { return load_bits<Floats>(from); }
 
 inline Floats load(const at::BFloat16* from) {
   // A bf16 number is the upper half of the fp32 number.
-  const Words words = __builtin_convertvector(load_bits<Halves>(from), Words) << 16;
-  Floats floats;
-  std::memcpy(&floats, &words, sizeof floats);
-  return floats;
+  return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
 }
 
 inline float load_one(const float* from) { return *from; }
@@ -58,13 +56,29 @@ inline float sum(Floats value) {
   return lanes[0];
 }
 
-constexpr int64_t kCacheLineBytes = 64;
-
-// Ask for a whole row; the address may lie anywhere, a wrong one is ignored.
+// Ask for a row to be brought to the second cache: the first has too few slots for outstanding lines, and stalls. One
+// request per pair of lines is enough, the hardware fetches the other. A wrong address is ignored.
 inline void prefetch(const void* from, int64_t num_bytes) {
+  constexpr int64_t kLinePairBytes = 128;
   const char* line = static_cast<const char*>(from);
-  for (int64_t offset = 0; offset < num_bytes; offset += kCacheLineBytes) __builtin_prefetch(line + offset, 0, 3);
-  __builtin_prefetch(line + num_bytes - 1, 0, 3);  // the last line of a row that starts inside one
+  for (int64_t offset = 0; offset < num_bytes; offset += kLinePairBytes) __builtin_prefetch(line + offset, 0, 2);
+}
+
+// Call `body(lower, upper)` over parts of `num_tokens`, in parallel where the work pays for waking the threads.
+template <class Body>
+inline void for_tokens(int64_t num_tokens, int64_t elements_per_token, const Body& body) {
+  constexpr int64_t kElementsPerTask = 16384;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_token));
+  at::parallel_for(0, num_tokens, grain, body);
+}
+
+// Call `body` with a pointer of the type of the table's elements.
+template <class Body>
+inline void with_float_type(const at::Tensor& table, const Body& body) {
+  if (table.scalar_type() == at::kFloat)
+    body(static_cast<const float*>(table.const_data_ptr()));
+  else
+    body(static_cast<const at::BFloat16*>(table.const_data_ptr()));
 }
 
 }  // namespace ultramem

@@ -1,0 +1,169 @@
+// gather_dot, bag and pooled_read: reading the rows that tokens selected.
+//
+// All are bound by memory: a row is used once, for two operations per element. What decides is how many cache lines are
+// under way at a time, hence the prefetches and the rows taken four at a time; arithmetic hides behind them.
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace ultramem {
+namespace {
+
+// A table whose rows are contiguous.
+at::Tensor with_plain_rows(const at::Tensor& table) { return table.stride(1) == 1 ? table : table.contiguous(); }
+
+at::Tensor as_floats(const at::Tensor& operand) { return operand.to(at::kFloat).contiguous(); }
+
+// Call `body` with the lookup of the table's and the indices' types.
+template <class Body>
+void with_lookup(const Indices& indices, const at::Tensor& rows, int64_t num_blocks, int64_t num_cores,
+                 const Body& body) {
+  indices.visit([&](auto* idx, auto* block) {
+    with_float_type(rows, [&](auto* data) {
+      using Index = std::remove_cv_t<std::remove_pointer_t<decltype(idx)>>;
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
+      body(Lookup<Index, T>{idx, block, data, indices.idx.size(1), rows.size(0), rows.size(1), rows.stride(0),
+                            num_cores, num_blocks});
+    });
+  });
+}
+
+// Run `visit(token, entry, count)` over a part of the tokens, after checking its indices, with rows prefetched.
+template <class L, class Visit>
+void for_prefetched_groups(const L& lookup, int64_t first, int64_t last, const Visit& visit) {
+  check_entries(lookup.idx, lookup.block, first, last, lookup.num_rows, lookup.num_blocks);
+  const int64_t ahead = lookup.entries_ahead();
+  for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) lookup.prefetch_row(entry);
+  lookup.for_groups(first, last, [&](int64_t token, int64_t entry, int count) {
+    for (int64_t next = entry + ahead; next < std::min(entry + ahead + count, last); ++next) lookup.prefetch_row(next);
+    visit(token, entry, count);
+  });
+}
+
+enum class Activation { kNone, kGelu, kRelu };
+
+Activation activation_named(std::string_view name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  TORCH_CHECK_VALUE(name.empty(), "unknown activation ", name);
+  return Activation::kNone;
+}
+
+float activate(float value, Activation activation) {
+  constexpr float kSqrtHalf = 0.70710678118654752f;
+  if (activation == Activation::kGelu) return 0.5f * value * (1.0f + std::erf(value * kSqrtHalf));
+  return activation == Activation::kRelu ? std::max(value, 0.0f) : value;
+}
+
+// The fused read of the entries in [first, last), of whole tokens. Runs of slots are dotted with the pre-values, then
+// pooled while their weights are in the first cache. Rows are prefetched in the order of use: pre-values of a run, its
+// values, pre-values of the next run.
+template <class L>
+void read_entries(const L& values, const L& pre, int64_t first, int64_t last, const float* x, const float* scores,
+                  Activation activation, float* out) {
+  constexpr int64_t kRun = 32;
+  check_entries(values.idx, values.block, first, last, values.num_rows, values.num_blocks);
+  const int64_t cores = values.num_cores, out_width = values.num_blocks * values.width;
+  const int64_t ahead = std::min(kRun, pre.entries_ahead());
+  std::vector<float> weights(kRun * cores);
+  for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) pre.prefetch_row(entry);
+  for (int64_t start = first; start < last; start += kRun) {
+    const int64_t end = std::min(start + kRun, last);
+    // Prefetch what is used `ahead` rows after `entry`, here or in the run of the other table that follows.
+    const auto prefetch_group = [&](const L& here, const L& next, int64_t next_start, int64_t entry, int count) {
+      for (int64_t i = entry + ahead; i < entry + ahead + count; ++i) {
+        if (i < end)
+          here.prefetch_row(i);
+        else if (next_start + (i - end) < last)
+          next.prefetch_row(next_start + (i - end));
+      }
+    };
+    pre.for_groups(start, end, [&](int64_t token, int64_t entry, int count) {
+      prefetch_group(pre, values, start, entry, count);
+      float factors[kRowsAtOnce];
+      pre.dot(entry, count, x + token * pre.width, factors);
+      for (int j = 0; j < count; ++j) {
+        const float factor = activate(factors[j], activation);
+        for (int64_t core = 0; core < cores; ++core)
+          weights[(entry + j - start) * cores + core] = scores[(entry + j) * cores + core] * factor;
+      }
+    });
+    values.for_groups(start, end, [&](int64_t token, int64_t entry, int count) {
+      prefetch_group(values, pre, end, entry, count);
+      values.pool(entry, count, weights.data() + (entry - start) * cores, out + token * out_width);
+    });
+  }
+}
+
+}  // namespace
+
+at::Tensor gather_dot(const at::Tensor& idx, const at::Tensor& x, const at::Tensor& table,
+                      const std::optional<at::Tensor>& block, int64_t num_blocks, int64_t num_cores) {
+  const Indices indices(idx, block);
+  const at::Tensor rows = with_plain_rows(table), vectors = as_floats(x);
+  const at::Tensor out = at::empty({idx.size(0), idx.size(1), num_cores}, vectors.options());
+  const float* x_data = vectors.const_data_ptr<float>();
+  float* out_data = out.mutable_data_ptr<float>();
+  with_lookup(indices, rows, num_blocks, num_cores, [&](const auto& lookup) {
+    const int64_t slots = lookup.num_selected, x_width = num_blocks * lookup.width;
+    for_tokens(idx.size(0), slots * lookup.width, [&](int64_t lower, int64_t upper) {
+      for_prefetched_groups(lookup, lower * slots, upper * slots, [&](int64_t token, int64_t entry, int count) {
+        lookup.dot(entry, count, x_data + token * x_width, out_data + entry * num_cores);
+      });
+    });
+  });
+  return out.to(x.scalar_type());
+}
+
+at::Tensor bag(const at::Tensor& idx, const at::Tensor& w, const at::Tensor& table,
+               const std::optional<at::Tensor>& block, int64_t num_blocks) {
+  const Indices indices(idx, block);
+  const at::Tensor rows = with_plain_rows(table), weights = as_floats(w);
+  const int64_t num_cores = w.size(2), out_width = num_blocks * table.size(1);
+  const at::Tensor out = at::empty({idx.size(0), out_width}, weights.options());
+  const float* w_data = weights.const_data_ptr<float>();
+  float* out_data = out.mutable_data_ptr<float>();
+  with_lookup(indices, rows, num_blocks, num_cores, [&](const auto& lookup) {
+    const int64_t slots = lookup.num_selected;
+    for_tokens(idx.size(0), slots * lookup.width, [&](int64_t lower, int64_t upper) {
+      std::fill(out_data + lower * out_width, out_data + upper * out_width, 0.0f);
+      for_prefetched_groups(lookup, lower * slots, upper * slots, [&](int64_t token, int64_t entry, int count) {
+        lookup.pool(entry, count, w_data + entry * num_cores, out_data + token * out_width);
+      });
+    });
+  });
+  return out.to(table.scalar_type());
+}
+
+at::Tensor pooled_read(const at::Tensor& idx, const at::Tensor& scores, const at::Tensor& values, const at::Tensor& x,
+                       const at::Tensor& pre_values, std::string_view activation, const std::optional<at::Tensor>& block,
+                       int64_t num_blocks) {
+  const Activation kind = activation_named(activation);
+  const Indices indices(idx, block);
+  const at::Tensor rows = with_plain_rows(values), pre_rows = with_plain_rows(pre_values);
+  const at::Tensor vectors = as_floats(x), weights = as_floats(scores);
+  const int64_t num_cores = scores.size(2), out_width = num_blocks * values.size(1);
+  const at::Tensor out = at::empty({idx.size(0), out_width}, weights.options());
+  float* out_data = out.mutable_data_ptr<float>();
+  with_lookup(indices, rows, num_blocks, num_cores, [&](const auto& lookup) {
+    auto pre = lookup;
+    pre.table = static_cast<decltype(pre.table)>(pre_rows.const_data_ptr());
+    pre.block = nullptr;
+    pre.width = pre_rows.size(1);
+    pre.row_stride = pre_rows.stride(0);
+    pre.num_cores = 1;
+    const int64_t slots = lookup.num_selected;
+    for_tokens(idx.size(0), slots * (lookup.width + pre.width), [&](int64_t lower, int64_t upper) {
+      std::fill(out_data + lower * out_width, out_data + upper * out_width, 0.0f);
+      read_entries(lookup, pre, lower * slots, upper * slots, vectors.const_data_ptr<float>(),
+                   weights.const_data_ptr<float>(), kind, out_data);
+    });
+  });
+  return out.to(values.scalar_type());
+}
+
+}  // namespace ultramem
