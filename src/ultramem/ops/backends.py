@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ultramem.errors import BackendError
+from ultramem.ops import triton
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,8 @@ BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
 
 # Each package of kernels has a function `why_unavailable() -> str | None`: None where it can run.
 _PACKAGES = {CPU: "ultramem.ops.cpu", TRITON: "ultramem.ops.triton"}
-_DEVICES = {CPU: "cpu", TRITON: "cuda"}
 # What the kernels of tables are written for; fp64 is for checking derivatives, which is the reference's work.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {CPU: (torch.float32, torch.bfloat16), TRITON: (torch.float32, torch.bfloat16, torch.float16)}
 
 # Plain module state: torch.compile guards on it, as it cannot on a context variable.
 _chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
@@ -80,7 +80,8 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
         return REFERENCE
     device = tensors[0].device.type
     if backend == AUTO:
-        fitting = [name for name in available if _DEVICES[name] == device]
+        # On CPU tensors Triton is an interpreter for tests, which has to be asked for.
+        fitting = [name for name in available if device == {CPU: "cpu", TRITON: "cuda"}[name]]
         if not fitting or _why_not_tensors(fitting[0], tensors):
             return REFERENCE
         if reason := _why_not_here(fitting[0]):
@@ -115,12 +116,14 @@ def runs_directly(*tensors: Tensor | None) -> bool:
 
 def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why a backend has no kernel for these operands, or None."""
-    device = tensors[0].device.type
-    if _DEVICES[backend] != device:
-        return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}"
-    if tensors[0].dtype not in KERNEL_DTYPES or any(tensor.dtype == torch.float64 for tensor in tensors[1:]):
+    device, devices = tensors[0].device.type, ("cpu",) if backend == CPU else triton.devices()
+    if device not in devices:
+        hint = "" if backend == CPU or device != "cpu" else " (tests: set TRITON_INTERPRET=1 before python starts)"
+        return f"its kernels are for {devices[0]} tensors, these are on {device}{hint}"
+    if tensors[0].dtype not in _DTYPES[backend] or any(tensor.dtype == torch.float64 for tensor in tensors[1:]):
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-        return f"its kernels are for float32 and bfloat16, the operands are {names}"
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
+        return f"its kernels are for {dtypes}, the operands are {names}"
     return None
 
 

@@ -8,8 +8,8 @@ from ultramem.ops import RowGradients, bag, gather_dot, scatter, use_backend
 from ultramem.ops.triton import tables
 
 OPERATORS = ["bag", "gather_dot", "scatter"]
-# tokens, selected, rows, width, cores, blocks; the interpreter's tiles are four wide
-SIZES = [(5, 3, 11, 6, 1, 1), (3, 5, 3, 10, 2, 1), (3, 5, 13, 9, 3, 4), (1, 1, 1, 1, 1, 1), (2, 6, 2, 5, 1, 9)]
+# tokens, selected, rows, width, cores, blocks; the interpreter's tiles are eight slots high and eight columns wide
+SIZES = [(3, 11, 11, 18, 1, 1), (3, 5, 3, 22, 2, 1), (2, 9, 13, 9, 3, 4), (1, 1, 1, 1, 1, 1), (2, 6, 2, 5, 1, 9)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -126,7 +126,11 @@ def test_row_gradients_collect_what_the_dense_gradient_holds(name):
 def test_sums_are_accumulated_in_fp32(name):
     """300 ones add up to 256 where the running sum is bf16: 256 + 1 rounds back to 256."""
     many = 300
-    sizes = {"bag": (1, many, 3, 1, 1, 1), "gather_dot": (1, 1, 3, many, 1, 1), "scatter": (many, 1, 3, 1, 1, 1)}[name]
+    sizes = {
+        "bag": (1, many, 3, 1, 1, 1),
+        "gather_dot": (1, 1, 3, many, 1, 1),
+        "scatter": (10, many // 10, 3, 1, 1, 1),
+    }[name]
     operands = make_operands(sizes, torch.bfloat16)
     for key in ("w", "x", "table"):
         operands[key] = torch.ones_like(operands[key])

@@ -44,7 +44,7 @@ def launch(
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (num_programs(meta),)
 
-    with torch.cuda.device_of(device_of):
+    with torch.cuda.device_of(device_of):  # type: ignore[no-untyped-call]
         if torch.are_deterministic_algorithms_enabled():
             kernel.fn[grid](*arguments, **constants, **untuned(kernel, constants).all_kwargs())
         else:

@@ -155,7 +155,7 @@ def _segment_sum(
         CHUNK=_CHUNK_ENTRIES,
     )
     if num_chunks > 1 and width:
-        with torch.cuda.device_of(out):
+        with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
             add_partials_kernel[((num_chunks - 1) * triton.cdiv(width, _PARTIAL_BLOCKS["BLOCK_V"]),)](
                 *(rows, out, partial, num_entries, width), CHUNK=_CHUNK_ENTRIES, **_PARTIAL_BLOCKS, num_warps=4
             )
