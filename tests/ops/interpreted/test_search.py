@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tolerances import assert_close
-from ultramem.ops import product_topk, use_backend
+from ultramem.ops import key_search, product_topk, use_backend
+from ultramem.ops.product_topk import put_keys
 from ultramem.ops.triton import search
 
 # tokens, heads, side, rank, cores, top_k, coarse_top_k
@@ -73,12 +74,38 @@ def test_scores_of_both_signs_and_infinities_keep_their_order():
 
 @pytest.mark.parametrize("name", ["signed", "exact"])
 def test_other_searches_are_the_references(name):
-    assert not search.fits(7, 4, 4, name)
     assert_equals_reference(make_scores(3, 2, 7, 2, 3), 3, top_k=4, coarse_top_k=4, search=name)
 
 
-def test_sizes_past_one_program_are_the_references():
-    assert search.fits(360, 768, 128, "two_stage")
-    assert not search.fits(360, 768, 129, "two_stage")
-    assert not search.fits(360, 2049, 128, "two_stage")
-    assert not search.fits(20000, 32, 32, "two_stage")
+@pytest.mark.parametrize(
+    ("side", "top_k", "coarse_top_k", "fits"),
+    [(360, 768, 128, True), (360, 768, 129, False), (360, 2049, 128, False), (20000, 32, 32, False)],
+)
+def test_sizes_past_one_program_are_the_references(side, top_k, coarse_top_k, fits):
+    scores = torch.empty(0, 1, side, 2)
+    assert search.fits(scores, top_k, coarse_top_k, "two_stage") == fits
+    assert not search.fits(scores, top_k, coarse_top_k, "signed")
+    assert not search.fits(scores.bfloat16(), top_k, coarse_top_k, "two_stage")
+
+
+@pytest.mark.parametrize("num_queries", [1, 2])
+def test_searches_from_keys_equal_the_reference(num_queries):
+    query, keys = torch.randn(3, 2, num_queries, 4), torch.randn(2, 2, 7, 2, 4)
+    _, _, *cores_and_directions = make_scores(3, 2, 7, 2, 3)
+    operands, results = [query, keys, *cores_and_directions], {}
+    for backend in ("triton", "reference"):
+        values = [operand.detach().requires_grad_(place < 3) for place, operand in enumerate(operands)]
+        scores, slots = key_search(*values, top_k=4, coarse_top_k=3, backend=backend)
+        results[backend] = [slots, scores.detach(), *torch.autograd.grad(scores.square().sum(), values[:3])]
+    assert torch.equal(results["triton"][0], results["reference"][0])
+    for ours, theirs in zip(results["triton"][1:], results["reference"][1:], strict=True):
+        assert_close(ours, theirs)
+
+
+def test_sums_over_keys_are_differentiable():
+    gradient = torch.randn(2, 1, 5, 2, requires_grad=True)
+    keys = torch.randint(3, (2, 1, 5))
+    weight = torch.randn(2, 1, 3, 2)
+    (ours,) = torch.autograd.grad(put_keys(gradient, keys, 3, "triton"), gradient, weight)
+    (theirs,) = torch.autograd.grad(put_keys(gradient, keys, 3), gradient, weight)
+    assert torch.equal(ours, theirs)

@@ -13,13 +13,14 @@ MAXIMUM_TOP_K = 2048
 MAXIMUM_SIDE = 16384
 
 
-def fits(side: int, top_k: int, coarse_top_k: int, search: str) -> bool:
-    """Whether the kernels do a search: the two-stage one, up to 128 keys kept a side and 2,048 slots."""
+def fits(row_scores_NHSr: Tensor, top_k: int, coarse_top_k: int, search: str) -> bool:
+    """Whether the kernels do a search: the two-stage one in fp32, up to 128 keys kept a side and 2,048 slots."""
     return (
         search == "two_stage"
+        and row_scores_NHSr.dtype == torch.float32
         and coarse_top_k <= MAXIMUM_COARSE_TOP_K
         and top_k <= MAXIMUM_TOP_K
-        and side <= MAXIMUM_SIDE
+        and row_scores_NHSr.shape[2] <= MAXIMUM_SIDE
     )
 
 
@@ -76,9 +77,9 @@ def product_topk(
 
 
 def put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
-    """Sums of the slots' gradients over equal keys, [N, H, S, r] in fp32, without atomic additions."""
+    """Sums of the slots' gradients over equal keys, [N, H, S, r], without atomic additions."""
     num_tokens, num_heads, top_k, rank = gradient_NHKr.shape
-    gradient, keys = contiguous([gradient_NHKr, keys_NHK])
+    gradient, keys = contiguous([gradient_NHKr.float(), keys_NHK])
     out = gradient_NHKr.new_empty(num_tokens, num_heads, side, rank)
     launch(
         put_keys_kernel,
