@@ -25,12 +25,12 @@ from ultramem.ops.triton.launch import untuned
 INTERPRETED = Path(__file__).with_name("interpreted")
 
 
-def run_interpreted(name):
+def run_interpreted(name, *options):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # A worker's own settings are not the child's.
     environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(INTERPRETED / name)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(INTERPRETED / name), *options],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -47,8 +47,9 @@ def test_interpreted_kernels(name):
 
 
 @pytest.mark.slow
-def test_published_fixtures_through_interpreted_kernels():
-    run_interpreted("test_fixtures.py")
+@pytest.mark.parametrize("selection", ["ultramem_v2", "not ultramem_v2"])
+def test_published_fixtures_through_interpreted_kernels(selection):
+    run_interpreted("test_fixtures.py", "-k", selection)
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():

@@ -87,8 +87,8 @@ def _key_search(
         return scores, slots, fine
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
     # On a device one product with all keys is cheaper than gathering the kept ones.
-    operands = (row, col, cores_CHrr, row_direction_Hr, col_direction_Hr)
-    scores, slots = search_fine_scores(chosen, *operands, top_k, coarse_top_k, search)
+    searched = (row, col, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    scores, slots = search_fine_scores(chosen, *searched, top_k, coarse_top_k, search)
     rows, cols = _slot_keys(slots, keys_H2Srd)
     return scores, slots, torch.stack([take_keys(row, rows), take_keys(col, cols)], dim=3)
 
