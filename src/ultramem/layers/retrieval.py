@@ -357,8 +357,16 @@ class TuckerRetrieval(_Retrieval):
         keys, contracted = self._keys_to_search(key_gain, query_N2Qd.dtype)
         cores = self.cores.to(query_N2Qd.dtype)
         directions = (self.row_direction.to(query_N2Qd.dtype), self.col_direction.to(query_N2Qd.dtype))
-        sizes = {"top_k": self.top_k, "coarse_top_k": self.coarse_top_k, "search": self.search}
-        scores, slots = key_search(query_N2Qd, keys, cores, *directions, contracted_2HSe=contracted, **sizes)
+        scores, slots = key_search(
+            query_N2Qd,
+            keys,
+            cores,
+            *directions,
+            top_k=self.top_k,
+            coarse_top_k=self.coarse_top_k,
+            search=self.search,
+            contracted_2HSe=contracted,
+        )
         return Retrieved(scores, slots, query_N2Qd, keys)
 
     def _keys_to_search(self, key_gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
