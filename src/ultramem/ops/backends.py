@@ -22,12 +22,16 @@ BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
 
 # Each package of kernels has a function `why_unavailable() -> str | None`: None where it can run.
 _PACKAGES = {CPU: "ultramem.ops.cpu", TRITON: "ultramem.ops.triton"}
+_DEVICES = {CPU: "cpu", TRITON: "cuda"}
 # What the kernels of tables are written for; fp64 is for checking derivatives, which is the reference's work.
 _DTYPES = {CPU: (torch.float32, torch.bfloat16), TRITON: (torch.float32, torch.bfloat16, torch.float16)}
 
 # Plain module state: torch.compile guards on it, as it cannot on a context variable.
 _chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
 _logged: set[str] = set()
+# Why a backend cannot run on this machine, or None, as far as it was asked.
+_reasons: dict[str, str | None] = {}
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @contextmanager
@@ -80,14 +84,13 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
         return REFERENCE
     device = tensors[0].device.type
     if backend == AUTO:
-        # On CPU tensors Triton is an interpreter for tests, which has to be asked for.
-        fitting = [name for name in available if device == {CPU: "cpu", TRITON: "cuda"}[name]]
-        if not fitting or _why_not_tensors(fitting[0], tensors):
-            return REFERENCE
-        if reason := _why_not_here(fitting[0]):
-            _log_once(f"operators run on their plain PyTorch reference, several times slower: {reason}")
-            return REFERENCE
-        return fitting[0]
+        for name in available:
+            # On CPU tensors Triton is an interpreter for tests, which has to be asked for.
+            if _DEVICES[name] == device and not _why_not_tensors(name, tensors):
+                if not (reason := _why_not_here(name)):
+                    return name
+                _log_once(f"operators run on their plain PyTorch reference, several times slower: {reason}")
+        return REFERENCE
     if backend not in available:
         reason = f"{operator} has no {backend} kernel"
     else:
@@ -100,27 +103,31 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
     return backend
 
 
-def runs_directly(*tensors: Tensor | None) -> bool:
+def runs_directly(*tensors: Tensor) -> bool:
     """Whether a kernel may be called past PyTorch's dispatcher of custom operators, which costs more than small reads.
 
     True where nothing has to see the call: no gradient, no compilation, no tensor subclass, no dispatch mode.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    # Loops and no generators here and below: one token's read is as short as ten of these calls.
     grad = torch.is_grad_enabled()
-    return all(
-        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not (grad and tensor.requires_grad))
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad):
+            return False
+    return True
 
 
 def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why a backend has no kernel for these operands, or None."""
-    device, devices = tensors[0].device.type, ("cpu",) if backend == CPU else triton.devices()
-    if device not in devices:
-        hint = "" if backend == CPU or device != "cpu" else " (tests: set TRITON_INTERPRET=1 before python starts)"
-        return f"its kernels are for {devices[0]} tensors, these are on {device}{hint}"
-    if tensors[0].dtype not in _DTYPES[backend] or any(tensor.dtype == torch.float64 for tensor in tensors[1:]):
+    device = tensors[0].device.type
+    if _DEVICES[backend] != device and (backend != TRITON or device not in triton.devices()):
+        hint = " (tests: set TRITON_INTERPRET=1 before python starts)" if (backend, device) == (TRITON, "cpu") else ""
+        return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}{hint}"
+    wrong = tensors[0].dtype not in _DTYPES[backend]
+    for tensor in tensors:
+        wrong = wrong or tensor.dtype is torch.float64
+    if wrong:
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
         return f"its kernels are for {dtypes}, the operands are {names}"
@@ -129,12 +136,12 @@ def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
 
 def _why_not_here(backend: str) -> str | None:
     """Why a backend cannot run on this machine, or None. The kernels are built or loaded on the first call."""
-    try:
-        package = importlib.import_module(_PACKAGES[backend])
-    except ImportError as error:
-        return str(error)
-    reason: str | None = package.why_unavailable()
-    return reason
+    if backend not in _reasons:
+        try:
+            _reasons[backend] = importlib.import_module(_PACKAGES[backend]).why_unavailable()
+        except ImportError as error:
+            _reasons[backend] = str(error)
+    return _reasons[backend]
 
 
 def _log_once(message: str) -> None:
