@@ -103,7 +103,7 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
     return backend
 
 
-def runs_directly(*tensors: Tensor) -> bool:
+def runs_directly(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called past PyTorch's dispatcher of custom operators, which costs more than small reads.
 
     True where nothing has to see the call: no gradient, no compilation, no tensor subclass, no dispatch mode.
@@ -113,7 +113,7 @@ def runs_directly(*tensors: Tensor) -> bool:
     # Loops and no generators here and below: one token's read is as short as ten of these calls.
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad):
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad)):
             return False
     return True
 
