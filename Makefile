@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One worker per core with one thread each: tiny models gain nothing from threads that fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-slow lint format
+.PHONY: setup demo test test-slow lint format bench-gpu
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m 'slow and not gpu'
+
+# Needs a CUDA device and the environment of the machine that has it: PyTorch and Triton for its driver.
+bench-gpu:
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_operators.py --json gpu_operators.json
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

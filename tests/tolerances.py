@@ -8,6 +8,8 @@ TOLERANCES = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     # Two roundings to eight bits of mantissa.
     torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+    # The same to eleven bits.
+    torch.float16: {"rtol": 2**-10, "atol": 2**-10},
 }
 
 

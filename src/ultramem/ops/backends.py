@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ultramem.errors import BackendError
+from ultramem.ops import triton
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
 _PACKAGES = {CPU: "ultramem.ops.cpu", TRITON: "ultramem.ops.triton"}
 _DEVICES = {CPU: "cpu", TRITON: "cuda"}
 # What the kernels of tables are written for; fp64 is for checking derivatives, which is the reference's work.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {CPU: (torch.float32, torch.bfloat16), TRITON: (torch.float32, torch.bfloat16, torch.float16)}
 
 # Plain module state: torch.compile guards on it, as it cannot on a context variable.
 _chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
@@ -84,6 +85,7 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
     device = tensors[0].device.type
     if backend == AUTO:
         for name in available:
+            # On CPU tensors Triton is an interpreter for tests, which has to be asked for.
             if _DEVICES[name] == device and not _why_not_tensors(name, tensors):
                 if not (reason := _why_not_here(name)):
                     return name
@@ -101,7 +103,7 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
     return backend
 
 
-def runs_directly(*tensors: Tensor) -> bool:
+def runs_directly(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called past PyTorch's dispatcher of custom operators, which costs more than small reads.
 
     True where nothing has to see the call: no gradient, no compilation, no tensor subclass, no dispatch mode.
@@ -111,7 +113,7 @@ def runs_directly(*tensors: Tensor) -> bool:
     # Loops and no generators here and below: one token's read is as short as ten of these calls.
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad):
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad)):
             return False
     return True
 
@@ -119,14 +121,16 @@ def runs_directly(*tensors: Tensor) -> bool:
 def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why a backend has no kernel for these operands, or None."""
     device = tensors[0].device.type
-    if _DEVICES[backend] != device:
-        return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}"
-    wrong = tensors[0].dtype not in KERNEL_DTYPES
+    if _DEVICES[backend] != device and (backend != TRITON or device not in triton.devices()):
+        hint = " (tests: set TRITON_INTERPRET=1 before python starts)" if (backend, device) == (TRITON, "cpu") else ""
+        return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}{hint}"
+    wrong = tensors[0].dtype not in _DTYPES[backend]
     for tensor in tensors:
         wrong = wrong or tensor.dtype is torch.float64
     if wrong:
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-        return f"its kernels are for float32 and bfloat16, the operands are {names}"
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[backend])
+        return f"its kernels are for {dtypes}, the operands are {names}"
     return None
 
 

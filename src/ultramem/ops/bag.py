@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows, slice_indices, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -38,9 +38,14 @@ def _embedding_bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor) -> Tensor:
 def _run(
     idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, backend: str
 ) -> Tensor:
-    if choose("bag", backend, table_RV, w_NKC, available=(CPU,)) == CPU:
+    chosen = choose("bag", backend, table_RV, w_NKC)
+    if chosen == CPU:
         out: Tensor = torch.ops.ultramem_cpu.bag(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
         return out
+    if chosen == TRITON:
+        from ultramem.ops.triton import tables
+
+        return tables.bag(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
     # bf16 tables stay with the reference: ATen rounds their weights to bf16.
     if block_NK is None and table_RV.dtype == torch.float32 and idx_NK.numel():
         return _embedding_bag(idx_NK, w_NKC, table_RV)

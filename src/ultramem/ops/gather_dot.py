@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows
 from ultramem.ops.precision import without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -40,9 +40,14 @@ def _run(
     num_cores: int,
     backend: str,
 ) -> Tensor:
-    if choose("gather_dot", backend, table_RV, x_NV, available=(CPU,)) == CPU:
+    chosen = choose("gather_dot", backend, table_RV, x_NV)
+    if chosen == CPU:
         out: Tensor = torch.ops.ultramem_cpu.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
         return out
+    if chosen == TRITON:
+        from ultramem.ops.triton import tables
+
+        return tables.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
     return gather_dot_reference(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
 
 

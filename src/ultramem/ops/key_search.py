@@ -14,6 +14,7 @@ from ultramem.ops.product_topk import (
     product_topk_flops,
     product_topk_reference,
     put_keys,
+    search_fine_scores,
     take_keys,
 )
 
@@ -75,7 +76,8 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, slots, and the fine scores [N, H, K, 2, r] of the selected keys, which the gradients need."""
-    if choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd) == backends.CPU:
+    chosen = choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd)
+    if chosen == backends.CPU:
         if contracted_2HSe is None:
             contracted_2HSe = contract_sides(keys_H2Srd, row_direction_Hr, col_direction_Hr, query_N2Qd.shape[2])
         operands = (query_N2Qd, keys_H2Srd, contracted_2HSe, cores_CHrr)
@@ -84,16 +86,9 @@ def _run(
         )
         return scores, slots, fine
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
-    scores, slots = product_topk_reference(
-        row,
-        col,
-        cores_CHrr,
-        row_direction_Hr,
-        col_direction_Hr,
-        top_k,
-        coarse_top_k,
-        search,  # type: ignore[arg-type]
-    )
+    # On a device one product with all keys is cheaper than gathering the kept ones.
+    searched = (row, col, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    scores, slots = search_fine_scores(chosen, *searched, top_k, coarse_top_k, search)
     rows, cols = _slot_keys(slots, keys_H2Srd)
     return scores, slots, torch.stack([take_keys(row, rows), take_keys(col, cols)], dim=3)
 
@@ -133,14 +128,15 @@ def key_search_gradients(
     query_N2Qd: Tensor,
     keys_H2Srd: Tensor,
     cores_CHrr: Tensor,
+    chosen: str = backends.REFERENCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch definition of the gradients of queries, keys and cores; every backend must agree with it."""
     row_NHKr, col_NHKr = fine_NHK2r.unbind(3)
     *grad_sides, grad_cores = key_gradients(grad_scores_NHKC, row_NHKr, col_NHKr, cores_CHrr)
     _, _, num_keys, rank, _ = keys_H2Srd.shape
     grad_queries, grad_keys = [], []
-    for side, (gradient, chosen) in enumerate(zip(grad_sides, _slot_keys(slots_NHK, keys_H2Srd), strict=True)):
-        grad_NHSr = put_keys(gradient, chosen, num_keys)
+    for side, (gradient, keys_NHK) in enumerate(zip(grad_sides, _slot_keys(slots_NHK, keys_H2Srd), strict=True)):
+        grad_NHSr = put_keys(gradient, keys_NHK, num_keys, chosen)
         query_Nrd = query_N2Qd[:, side].expand(-1, rank, -1)
         grad_keys.append(torch.einsum("nhsr,nrd->hsrd", grad_NHSr, query_Nrd))
         grad_Nrd = torch.einsum("nhsr,hsrd->nrd", grad_NHSr, keys_H2Srd[:, side])
@@ -161,13 +157,14 @@ def _key_search_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and cores."""
-    if choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd) == backends.CPU:
+    chosen = choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd)
+    if chosen == backends.CPU:
         operands = (grad_scores_NHKC, slots_NHK, fine_NHK2r, query_N2Qd, keys_H2Srd, cores_CHrr)
         grad_query, grad_keys, grad_cores = torch.ops.ultramem_cpu.key_search_backward(
             *(operand.contiguous() for operand in operands)
         )
         return grad_query, grad_keys, grad_cores
-    return key_search_gradients(grad_scores_NHKC, slots_NHK, fine_NHK2r, query_N2Qd, keys_H2Srd, cores_CHrr)
+    return key_search_gradients(grad_scores_NHKC, slots_NHK, fine_NHK2r, query_N2Qd, keys_H2Srd, cores_CHrr, chosen)
 
 
 @_key_search_backward.register_fake

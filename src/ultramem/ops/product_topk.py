@@ -176,7 +176,28 @@ def choose_search(operator: str, search: str, backend: str, *tensors: Tensor) ->
     """The backend of a search; the exact one, which is a measure of the others, has the reference alone."""
     if search == "exact":
         return backends.REFERENCE
-    return backends.choose(operator, backend, *tensors, available=(backends.CPU,))
+    return backends.choose(operator, backend, *tensors)
+
+
+def search_fine_scores(
+    chosen: str,
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor | None,
+    row_direction_Hr: Tensor | None,
+    col_direction_Hr: Tensor | None,
+    top_k: int,
+    coarse_top_k: int,
+    search: str,
+) -> tuple[Tensor, Tensor]:
+    """The search by Triton's kernels where those were chosen and fit it, else by the reference."""
+    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    if chosen == backends.TRITON:
+        from ultramem.ops.triton import search as kernels
+
+        if kernels.fits(row_scores_NHSr, top_k, coarse_top_k, search):
+            return kernels.product_topk(*operands, top_k, coarse_top_k)
+    return product_topk_reference(*operands, top_k, coarse_top_k, search)  # type: ignore[arg-type]
 
 
 @without_autocast
@@ -192,10 +213,11 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
-    if choose_search("product_topk", search, backend, row_scores_NHSr) == backends.CPU:
+    chosen = choose_search("product_topk", search, backend, row_scores_NHSr)
+    if chosen == backends.CPU:
         scores, slots = torch.ops.ultramem_cpu.product_topk(*operands, top_k, coarse_top_k, search == "signed")
         return scores.to(row_scores_NHSr.dtype), slots
-    return product_topk_reference(*operands, top_k, coarse_top_k, search)  # type: ignore[arg-type]
+    return search_fine_scores(chosen, *operands, top_k, coarse_top_k, search)
 
 
 @torch.library.custom_op("ultramem::product_topk", mutates_args=())
@@ -224,6 +246,7 @@ def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direct
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.search, ctx.backend = inputs[-2:]
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -242,8 +265,31 @@ def key_gradients(
     return grad_row, grad_col, grad_cores
 
 
-def put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
-    """The gradient of `take_keys`: sums over equal keys, [N, H, S, r]."""
+@torch.library.custom_op("ultramem::put_keys", mutates_args=())
+def _put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
+    """`put_keys` by Triton's kernel."""
+    from ultramem.ops.triton import search as kernels
+
+    return kernels.put_keys(gradient_NHKr, keys_NHK, side)
+
+
+@_put_keys.register_fake
+def _(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
+    num_tokens, num_heads, _, rank = gradient_NHKr.shape
+    return gradient_NHKr.new_empty(num_tokens, num_heads, side, rank)
+
+
+_put_keys.register_autograd(
+    lambda ctx, grad_NHSr: (take_keys(grad_NHSr, ctx.saved_tensors[0]), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
+
+
+def put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int, chosen: str = backends.REFERENCE) -> Tensor:
+    """The gradient of `take_keys`: sums over equal keys, [N, H, S, r]; ``chosen`` is the backend of the search."""
+    if chosen == backends.TRITON:
+        gradient: Tensor = torch.ops.ultramem.put_keys(gradient_NHKr, keys_NHK, side)
+        return gradient
     num_tokens, num_heads, _, rank = gradient_NHKr.shape
     gradient = gradient_NHKr.new_zeros(num_tokens, num_heads, side, rank)
     return gradient.scatter_add_(2, keys_NHK[..., None].expand(gradient_NHKr.shape), gradient_NHKr)
@@ -254,11 +300,13 @@ def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
     row_scores, col_scores, cores_CHrr, slots_NHK = ctx.saved_tensors
     side = row_scores.shape[2]
     rows, cols = slots_NHK // side, slots_NHK % side
+    chosen = choose_search("product_topk", ctx.search, ctx.backend, row_scores)
     if cores_CHrr is None:
-        return put_keys(grad_scores_NHKC, rows, side), put_keys(grad_scores_NHKC, cols, side), *[None] * 7
+        sides = (put_keys(grad_scores_NHKC, keys_NHK, side, chosen) for keys_NHK in (rows, cols))
+        return *sides, *[None] * 7
     row_NHKr, col_NHKr = take_keys(row_scores, rows), take_keys(col_scores, cols)
     grad_row, grad_col, grad_cores = key_gradients(grad_scores_NHKC, row_NHKr, col_NHKr, cores_CHrr)
-    return put_keys(grad_row, rows, side), put_keys(grad_col, cols, side), grad_cores, *[None] * 6
+    return put_keys(grad_row, rows, side, chosen), put_keys(grad_col, cols, side, chosen), grad_cores, *[None] * 6
 
 
 @register_flop_formula(torch.ops.ultramem.product_topk)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem.ops.backends import AUTO, CPU, choose
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class RowContribution:
     block_NK: Tensor | None
     num_blocks: int
     backend: str = AUTO
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What contributions must share to be laid end to end: slots, cores, blocks and dtypes."""
+        return (*self.w_NKC.shape[1:], self.num_blocks, self.idx_NK.dtype, self.w_NKC.dtype, self.x_NV.dtype)
 
 
 class RowGradients:
@@ -57,8 +62,11 @@ class RowGradients:
         """
         if not self.contributions:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, self.width)
-        if all(choose("scatter", part.backend, part.x_NV, part.w_NKC) == CPU for part in self.contributions):
+        chosen = {choose("scatter", part.backend, part.x_NV, part.w_NKC) for part in self.contributions}
+        if chosen == {CPU}:
             return self._sum_rows_on_cpu()
+        if chosen == {TRITON} and len({part.layout for part in self.contributions}) == 1:
+            return self._sum_rows_on_device()
         touched = torch.cat([part.idx_NK.reshape(-1).long() for part in self.contributions])
         rows_M, position = torch.unique(touched, return_inverse=True)
         sizes = [part.idx_NK.numel() for part in self.contributions]
@@ -85,6 +93,22 @@ class RowGradients:
             self.width,
         )
         return rows_M, gradient_MV
+
+    @torch.no_grad()
+    def _sum_rows_on_device(self) -> tuple[Tensor, Tensor]:
+        from ultramem.ops.triton import tables
+
+        parts, first = self.contributions, self.contributions[0]
+        # The factors are small beside the rows: one sort over all lookups, and each row is written once.
+        return tables.scatter_rows(
+            torch.cat([part.idx_NK for part in parts]),
+            torch.cat([part.w_NKC for part in parts]),
+            torch.cat([part.x_NV for part in parts]),
+            None
+            if first.block_NK is None
+            else torch.cat([part.block_NK for part in parts if part.block_NK is not None]),
+            first.num_blocks,
+        )
 
 
 class _Tap(torch.autograd.Function):

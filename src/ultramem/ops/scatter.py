@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose, requested, runs_directly
 from ultramem.ops.operands import check_operands, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
@@ -49,9 +49,14 @@ def _run(
     num_blocks: int,
     backend: str,
 ) -> Tensor:
-    if choose("scatter", backend, x_NV, w_NKC, available=(CPU,)) == CPU:
+    chosen = choose("scatter", backend, x_NV, w_NKC)
+    if chosen == CPU:
         out: Tensor = torch.ops.ultramem_cpu.scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
         return out
+    if chosen == TRITON:
+        from ultramem.ops.triton import tables
+
+        return tables.scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
     return scatter_reference(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
 
 
