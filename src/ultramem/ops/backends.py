@@ -110,7 +110,7 @@ def runs_directly(*tensors: Tensor) -> bool:
         return False
     # Loops and no generators here and below: one token's read is as short as ten of these calls.
     grad = torch.is_grad_enabled()
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110
         if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad):
             return False
     return True
