@@ -40,7 +40,7 @@ def _run(
 ) -> Tensor:
     chosen = choose("bag", backend, table_RV, w_NKC)
     if chosen == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.bag(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
+        out: Tensor = torch.ops.ultramem_cpu.bag.default(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
         return out
     if chosen == TRITON:
         from ultramem.ops.triton import tables

@@ -42,7 +42,7 @@ def _run(
 ) -> Tensor:
     chosen = choose("gather_dot", backend, table_RV, x_NV)
     if chosen == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+        out: Tensor = torch.ops.ultramem_cpu.gather_dot.default(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
         return out
     if chosen == TRITON:
         from ultramem.ops.triton import tables

@@ -51,7 +51,7 @@ def _run(
 ) -> Tensor:
     chosen = choose("scatter", backend, x_NV, w_NKC)
     if chosen == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
+        out: Tensor = torch.ops.ultramem_cpu.scatter.default(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
         return out
     if chosen == TRITON:
         from ultramem.ops.triton import tables

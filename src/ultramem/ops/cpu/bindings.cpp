@@ -16,5 +16,5 @@ TORCH_LIBRARY(ultramem_cpu, m) {
       "sum_rows(Tensor[] idx, Tensor[] w, Tensor[] x, Tensor?[] block, int[] num_blocks, int num_rows, int width) -> "
       "(Tensor, Tensor)",
       &ultramem::sum_rows);
-  m.def("advise_huge_pages", &ultramem::advise_huge_pages);
+  m.def("keep_in_huge_pages", &ultramem::keep_in_huge_pages);
 }

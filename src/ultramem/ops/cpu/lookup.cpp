@@ -14,7 +14,11 @@ namespace ultramem {
 namespace {
 
 // A table whose rows are contiguous.
-at::Tensor with_plain_rows(const at::Tensor& table) { return table.stride(1) == 1 ? table : table.contiguous(); }
+at::Tensor with_plain_rows(const at::Tensor& table) {
+  if (table.stride(1) != 1) return table.contiguous();
+  keep_in_huge_pages(table);
+  return table;
+}
 
 at::Tensor as_floats(const at::Tensor& operand) { return operand.to(at::kFloat).contiguous(); }
 
