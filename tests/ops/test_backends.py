@@ -111,8 +111,8 @@ def test_an_unknown_name_in_the_environment_is_told_by_the_first_operator():
 @pytest.mark.parametrize(
     ("table", "cause"),
     [
-        (TABLE.double(), "float32 and bfloat16, the operands are float64, float32"),
-        (TABLE.half(), "float32 and bfloat16, the operands are float16, float32"),
+        (TABLE.double(), "float32, bfloat16, the operands are float64, float32"),
+        (TABLE.half(), "float32, bfloat16, the operands are float16, float32"),
         (TABLE.to("meta"), "kernels are for cpu tensors, these are on meta"),
     ],
 )
