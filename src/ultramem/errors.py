@@ -19,3 +19,7 @@ class CheckpointError(UltraMemError):
 
 class TrainingError(UltraMemError):
     """A run cannot go on: its loss or its gradient is no finite number."""
+
+
+class BackendError(UltraMemError):
+    """Kernels that were asked for by name cannot run here."""

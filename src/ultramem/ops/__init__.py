@@ -1,5 +1,6 @@
 """The operators that memory layers are made of; each is a plain PyTorch reference behind a registered operator."""
 
+from ultramem.ops.backends import use_backend
 from ultramem.ops.bag import bag, bag_reference
 from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
 from ultramem.ops.grouped_linear import grouped_linear, grouped_linear_reference
@@ -33,4 +34,5 @@ __all__ = [
     "scatter",
     "scatter_reference",
     "search_recall",
+    "use_backend",
 ]

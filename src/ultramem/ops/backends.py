@@ -1,0 +1,140 @@
+"""Which kernels an operator runs on: the plain PyTorch reference, C++ for CPUs, or Triton."""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ultramem.errors import BackendError
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+REFERENCE = "reference"
+CPU = "cpu"
+TRITON = "triton"
+BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
+
+# Each package of kernels has a function `why_unavailable() -> str | None`: None where it can run.
+_PACKAGES = {CPU: "ultramem.ops.cpu", TRITON: "ultramem.ops.triton"}
+_DEVICES = {CPU: "cpu", TRITON: "cuda"}
+# What the kernels of tables are written for; fp64 is for checking derivatives, which is the reference's work.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+# Plain module state: torch.compile guards on it, as it cannot on a context variable.
+_chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
+_logged: set[str] = set()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operators on one backend inside a ``with`` block, and their gradients wherever these are computed.
+
+    Args:
+        name: ``reference``, ``cpu``, ``triton``, or ``auto`` for the fastest that can run.
+
+    Raises:
+        BackendError: an unknown name; from the operators, a backend that cannot run.
+    """
+    global _chosen
+    previous, _chosen = _chosen, requested(name)
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def requested(backend: str | None) -> str:
+    """The backend that a call asks for: its argument, else that of `use_backend`, else ``ULTRAMEM_OPS``, else ``auto``.
+
+    Raises:
+        BackendError: an unknown name.
+    """
+    name = _chosen if backend is None else backend
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}: ULTRAMEM_OPS and backend= take {', '.join(BACKENDS)}.")
+    return name
+
+
+def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, ...] = (CPU, TRITON)) -> str:
+    """The backend that an operator runs on.
+
+    Args:
+        operator: its name, for messages.
+        backend: what was asked for (see `requested`).
+        tensors: its floating operands; the first is the largest, which the others are brought to.
+        available: backends that the operator has kernels in, beside the reference.
+
+    Returns:
+        ``reference``, ``cpu`` or ``triton``. With ``auto``, kernels that cannot run are replaced by the reference; the
+        reason is logged once.
+
+    Raises:
+        BackendError: an explicitly requested backend cannot run; says why and what to do.
+    """
+    if backend == REFERENCE:
+        return REFERENCE
+    device = tensors[0].device.type
+    if backend == AUTO:
+        fitting = [name for name in available if _DEVICES[name] == device]
+        if not fitting or _why_not_tensors(fitting[0], tensors):
+            return REFERENCE
+        if reason := _why_not_here(fitting[0]):
+            _log_once(f"operators run on their plain PyTorch reference, several times slower: {reason}")
+            return REFERENCE
+        return fitting[0]
+    if backend not in available:
+        reason = f"{operator} has no {backend} kernel"
+    else:
+        reason = _why_not_tensors(backend, tensors) or _why_not_here(backend) or ""
+    if reason:
+        raise BackendError(
+            f"{operator}: backend {backend!r} was asked for but cannot run: {reason}. Mend that, or ask for 'auto' or "
+            "'reference'."
+        )
+    return backend
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called past PyTorch's dispatcher of custom operators, which costs more than small reads.
+
+    True where nothing has to see the call: no gradient, no compilation, no tensor subclass, no dispatch mode.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not (grad and tensor.requires_grad))
+        for tensor in tensors
+    )
+
+
+def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why a backend has no kernel for these operands, or None."""
+    device = tensors[0].device.type
+    if _DEVICES[backend] != device:
+        return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}"
+    if tensors[0].dtype not in KERNEL_DTYPES or any(tensor.dtype == torch.float64 for tensor in tensors[1:]):
+        names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        return f"its kernels are for float32 and bfloat16, the operands are {names}"
+    return None
+
+
+def _why_not_here(backend: str) -> str | None:
+    """Why a backend cannot run on this machine, or None. The kernels are built or loaded on the first call."""
+    try:
+        package = importlib.import_module(_PACKAGES[backend])
+    except ImportError as error:
+        return str(error)
+    reason: str | None = package.why_unavailable()
+    return reason
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)

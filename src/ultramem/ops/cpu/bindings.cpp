@@ -1,0 +1,13 @@
+// Registers all kernels as torch.ops.ultramem_cpu.*. The one file that includes the registration's headers, which take
+// longer to compile than the kernels.
+#include <torch/library.h>
+
+#include "kernels.h"
+
+TORCH_LIBRARY(ultramem_cpu, m) {
+  m.def("gather_dot", &ultramem::gather_dot);
+  m.def("bag", &ultramem::bag);
+  m.def("pooled_read", &ultramem::pooled_read);
+  m.def("set_ahead", &ultramem::set_ahead);
+  m.def("advise_huge_pages", &ultramem::advise_huge_pages);
+}
