@@ -4,6 +4,7 @@ from ultramem.ops.backends import use_backend
 from ultramem.ops.bag import bag, bag_reference
 from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
 from ultramem.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from ultramem.ops.pooled_read import Activation, pooled_read
 from ultramem.ops.product_topk import (
     Search,
     check_search,
@@ -17,6 +18,7 @@ from ultramem.ops.row_gradients import RowContribution, RowGradients
 from ultramem.ops.scatter import scatter, scatter_reference
 
 __all__ = [
+    "Activation",
     "RowContribution",
     "RowGradients",
     "Search",
@@ -28,6 +30,7 @@ __all__ = [
     "gather_dot_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "pooled_read",
     "product_topk",
     "product_topk_flops",
     "product_topk_reference",

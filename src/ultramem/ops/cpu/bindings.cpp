@@ -8,6 +8,10 @@ TORCH_LIBRARY(ultramem_cpu, m) {
   m.def("gather_dot", &ultramem::gather_dot);
   m.def("bag", &ultramem::bag);
   m.def("pooled_read", &ultramem::pooled_read);
-  m.def("set_ahead", &ultramem::set_ahead);
+  m.def("scatter", &ultramem::scatter);
+  m.def(
+      "sum_rows(Tensor[] idx, Tensor[] w, Tensor[] x, Tensor?[] block, int[] num_blocks, int num_rows, int width) -> "
+      "(Tensor, Tensor)",
+      &ultramem::sum_rows);
   m.def("advise_huge_pages", &ultramem::advise_huge_pages);
 }
