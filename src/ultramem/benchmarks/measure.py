@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,10 +135,8 @@ def huge_page_tensor(*shape: int) -> Tensor:
     memory = mmap.mmap(-1, 4 * num_elements)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Refused where the system has none, and read all the same.
-        try:
+        with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1).view(shape)
 
 

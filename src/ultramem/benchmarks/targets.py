@@ -90,8 +90,8 @@ class Verdict:
     Attributes:
         target: the target.
         ratio: what was measured, None where that was not possible.
-        met: whether the target is; None where it was not measured.
-        reason: why it was not measured, else empty.
+        met: whether the target is; None where it was not measured, or at other sizes.
+        reason: why it was not judged, else empty.
     """
 
     target: Target
@@ -101,8 +101,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``met``, ``MISSED`` or ``not measured: …``."""
-        return f"not measured: {self.reason}" if self.met is None else "met" if self.met else "MISSED"
+        """``met``, ``MISSED`` or ``not judged: …``."""
+        return f"not judged: {self.reason}" if self.met is None else "met" if self.met else "MISSED"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -116,7 +116,9 @@ class Verdict:
             "goal": target.goal,
             "ratio": self.ratio,
             "met": self.met,
-            "goal_met": None if self.ratio is None or target.goal is None else self.ratio >= target.goal,
+            "goal_met": None
+            if not (self.met is not None and self.ratio and target.goal)
+            else self.ratio >= target.goal,
             "reason": self.reason,
         }
 
@@ -126,7 +128,7 @@ def judge(benchmark: str, cases: Sequence[Case], peak_bytes_per_s: float) -> lis
 
     Args:
         benchmark: whose targets.
-        cases: what was measured; a target whose case is missing or has other sizes is not judged.
+        cases: what was measured.
         peak_bytes_per_s: read bandwidth of the same run.
     """
     by_name = {case.name: case for case in cases}
@@ -139,9 +141,7 @@ def judge(benchmark: str, cases: Sequence[Case], peak_bytes_per_s: float) -> lis
 
 def _judge(target: Target, case: Case | None, peak_bytes_per_s: float) -> Verdict:
     if case is None:
-        return Verdict(target, None, None, "the case was left out")
-    if not case.at_target_sizes:
-        return Verdict(target, None, None, f"other sizes than the target's ({case.sizes})")
+        return Verdict(target, None, None, "this case was left out")
     for name in (target.ours, target.against):
         if name is not None and name not in case.timings:
             return Verdict(target, None, None, case.unavailable.get(name, f"{name} was left out"))
@@ -152,5 +152,8 @@ def _judge(target: Target, case: Case | None, peak_bytes_per_s: float) -> Verdic
     else:
         ratio = case.timings[target.against].median_s / ours_s
     if target.quantity == "times the time":
-        return Verdict(target, 1 / ratio, 1 / ratio <= target.bound)
-    return Verdict(target, ratio, ratio >= target.bound)
+        ratio = 1 / ratio
+    if not case.at_target_sizes:
+        return Verdict(target, ratio, None, "other sizes than the target's")
+    met = ratio <= target.bound if target.quantity == "times the time" else ratio >= target.bound
+    return Verdict(target, ratio, met)
