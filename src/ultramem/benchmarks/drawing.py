@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ultramem.benchmarks.points import Point
 from ultramem.benchmarks.targets import DENSE, MOE, V2
@@ -56,7 +56,9 @@ def _draw_panel(axes: Axes, points: list[Point], horizontal: str, column: str, s
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     tidy(axes)
     _mark_shorter_caches(axes, points, horizontal)
 
@@ -74,7 +76,7 @@ def _mark_shorter_caches(axes: Axes, points: list[Point], horizontal: str) -> No
 def _heading(size: str, points: list[Point], with_batch: bool) -> str:
     total = {point["model"]: point["total_parameters"] for point in points}
     length = max(point["kv_length_tokens"] for point in points)
-    parameters = f"{_millions(total[DENSE])} dense"
+    parameters = f"{_millions(total[DENSE])} parameters dense"
     if with_batch:
         return f"{size}: {parameters}; batch {points[0]['batch_size']}, KV length {length:,}"
     return f"{size}: {parameters}, {_millions(total[V2])} sparse; KV length {length:,}"

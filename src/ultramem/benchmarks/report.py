@@ -126,7 +126,8 @@ def device_text(device: dict[str, Any], peak_bytes_per_s: float | None, num_runs
     peak = "" if peak_bytes_per_s is None else f"; peak read bandwidth {peak_bytes_per_s / 1e9:.1f} GB/s"
     text = (
         f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']} on {device['cores']} "
-        f"cores, huge pages: {device['huge_pages']}{peak}\n{versions}\nmedian of {num_runs} runs, competitors taken in turns"
+        f"cores, huge pages: {device['huge_pages']}{peak}\n{versions}\nmedian of {num_runs} runs, competitors taken in "
+        "turns"
     )
     load = device["load_before"]
     if load is not None and load > IDLE_LOAD:

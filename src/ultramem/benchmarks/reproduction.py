@@ -99,7 +99,7 @@ class Reproduction:
 
         device = self.device
         caption = (
-            f"{device['processor']} ({device['vector_instructions']}), {device['threads']} threads, bf16, torch "
+            f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']}, bf16, torch "
             f"{device['torch']}; median of {self.plan.num_runs} alternating runs, band: fastest to slowest"
         )
         file = self.folder / f"{self.plan.figure}.png"

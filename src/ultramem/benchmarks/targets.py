@@ -116,9 +116,7 @@ class Verdict:
             "goal": target.goal,
             "ratio": self.ratio,
             "met": self.met,
-            "goal_met": None
-            if not (self.met is not None and self.ratio and target.goal)
-            else self.ratio >= target.goal,
+            "goal_met": self.ratio >= target.goal if self.met is not None and self.ratio and target.goal else None,
             "reason": self.reason,
         }
 
