@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ultramem.ops import Search, coarse_candidates, product_topk
+from ultramem.layers.derived import Derived
+from ultramem.ops import Search, coarse_candidates, contract_keys, contract_sides, fine_scores, key_search, product_topk
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
 NORM_EPSILON = 1e-5
@@ -49,12 +50,19 @@ def _typical_score(scores: Tensor) -> float:
 
 
 class Retrieved(NamedTuple):
-    """Slots that the tokens selected: scores [N, H, K, C] and grid indices [N, H, K], with the search's inputs."""
+    """Slots that the tokens selected, and what was searched, from which losses and statistics make what they need.
+
+    Attributes:
+        scores_NHKC: scores of the selected slots.
+        slots_NHK: their grid indices.
+        query: the queries as they were scored: [N, 2, Q, kd] for Tucker scores, [N, H, 2, kd] for additive ones.
+        keys: the keys as they were scored: [H, 2, S, r, kd], or [H, 2, S, kd].
+    """
 
     scores_NHKC: Tensor
     slots_NHK: Tensor
-    row_scores_NHSr: Tensor
-    col_scores_NHSr: Tensor
+    query: Tensor
+    keys: Tensor
 
 
 class _Retrieval(nn.Module):
@@ -62,7 +70,16 @@ class _Retrieval(nn.Module):
     in bf16 would stand still.
     """
 
+    def forget(self) -> None:
+        """Drop what was derived from the weights: they may change in ways that their versions do not show."""
+
+    def train(self, mode: bool = True) -> "_Retrieval":
+        """As of every module; a change of mode is where weights may have been exchanged."""
+        self.forget()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Retrieval":
+        self.forget()
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -176,7 +193,7 @@ class AdditiveRetrieval(_Retrieval):
         row_NHS1, col_NHS1 = scores_NH2S[:, :, 0, :, None], scores_NH2S[:, :, 1, :, None]
         # Additive scores: any m ≥ min(k, S) is exact.
         scores, slots = product_topk(row_NHS1, col_NHS1, top_k=self.top_k, coarse_top_k=min(self.top_k, side))
-        return Retrieved(scores, slots, row_NHS1, col_NHS1)
+        return Retrieved(scores, slots, query_NH2d, keys_H2Sd)
 
     def _batch_normalize(self, query_NQ: Tensor, simulated: bool) -> Tensor:
         gain, shift, mean, variance = self.query_norm, self.query_shift, self.query_mean, self.query_variance
@@ -252,6 +269,14 @@ class TuckerRetrieval(_Retrieval):
         self.register_buffer("row_direction", torch.empty(num_heads, rank, dtype=torch.float32))
         self.register_buffer("col_direction", torch.empty(num_heads, rank, dtype=torch.float32))
         self._refreshed = (0, 0)
+        # Of weights that stand still.
+        self._searched_keys: Derived[tuple[Tensor, Tensor]] = Derived()
+        self._singular_values: Derived[Tensor] = Derived()
+
+    def forget(self) -> None:
+        """Drop the cached keys and singular values."""
+        self._searched_keys.clear()
+        self._singular_values.clear()
 
     @torch.no_grad()
     @without_autocast
@@ -261,6 +286,7 @@ class TuckerRetrieval(_Retrieval):
         The pair's common sign is the one nearer, in L1 distance, to the pair that it replaces. In training mode the
         layer also calls this by itself when its cores have changed (except under `torch.compile`).
         """
+        self.forget()
         u, _, vh = torch.linalg.svd(self.cores.float().sum(0))
         row, col = u[..., :, 0], vh[..., 0, :]
         previous_row, previous_col = self.row_direction, self.col_direction
@@ -328,19 +354,53 @@ class TuckerRetrieval(_Retrieval):
     @without_autocast
     def _search(self, query_N2Qd: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
         query_N2Qd = rms_normalize(query_N2Qd, query_gain, dim=-1)
-        keys_H2Sdr = rms_normalize(self.keys, key_gain, dim=3).to(query_N2Qd.dtype)
-        row, col = (self._fine_scores(query_N2Qd[:, side], keys_H2Sdr[:, side]) for side in (0, 1))
-        cores = self.cores.to(row.dtype)
-        directions = (self.row_direction.to(row.dtype), self.col_direction.to(row.dtype))
-        scores, slots = product_topk(
-            row, col, cores, *directions, top_k=self.top_k, coarse_top_k=self.coarse_top_k, search=self.search
+        keys, contracted = self._keys_to_search(key_gain, query_N2Qd.dtype)
+        cores = self.cores.to(query_N2Qd.dtype)
+        directions = (self.row_direction.to(query_N2Qd.dtype), self.col_direction.to(query_N2Qd.dtype))
+        scores, slots = key_search(
+            query_N2Qd,
+            keys,
+            cores,
+            *directions,
+            top_k=self.top_k,
+            coarse_top_k=self.coarse_top_k,
+            search=self.search,
+            contracted_2HSe=contracted,
         )
-        return Retrieved(scores, slots, row, col)
+        return Retrieved(scores, slots, query_N2Qd, keys)
 
-    def _fine_scores(self, query_NQd: Tensor, keys_HSdr: Tensor) -> Tensor:
-        if self.num_queries == 1:
-            return torch.einsum("nd,hsdr->nhsr", query_NQd[:, 0], keys_HSdr)
-        return torch.einsum("nrd,hsdr->nhsr", query_NQd, keys_HSdr)
+    def _keys_to_search(self, key_gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Normalised keys [H, 2, S, r, kd], and for the cached ones their contraction [2, H, S, Q·kd]."""
+        if key_gain is not self.key_norm or torch.is_grad_enabled():
+            # Gradients must reach the raw keys; a pass that records them announces that the weights will change.
+            self._searched_keys.clear()
+            return self._normalized_keys(key_gain, dtype), None
+        sources = (self.keys, self.key_norm, self.row_direction, self.col_direction)
+
+        def derive() -> tuple[Tensor, Tensor]:
+            keys = self._normalized_keys(key_gain, dtype)
+            directions = (self.row_direction.to(dtype), self.col_direction.to(dtype))
+            return keys, contract_sides(keys, *directions, self.num_queries)
+
+        return self._searched_keys.get(sources, dtype, derive)
+
+    def _normalized_keys(self, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        # Each key of each rank contiguous: the fine scores read single ones.
+        return rms_normalize(self.keys.transpose(3, 4), gain, dim=-1).to(dtype).contiguous()
+
+    def singular_values(self) -> Tensor:
+        """Singular values [H, r] of Σ_c C_c in fp32, computed once for as long as the cores stand still."""
+        with torch.no_grad():
+            return self._singular_values.get(
+                (self.cores,), torch.float32, lambda: torch.linalg.svdvals(self.cores.float().sum(0))
+            )
+
+    @without_autocast
+    def fine_scores(self, retrieved: Retrieved, sample_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Fine scores [M, H, S, r] of all row and all column keys for M of the tokens."""
+        query_M2Qd, keys_H2Srd = retrieved.query[sample_M], retrieved.keys
+        row, col = (fine_scores(query_M2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
+        return row, col
 
     @without_autocast
     def tucker_penalty(self, margin: float) -> Tensor:
@@ -359,11 +419,9 @@ class TuckerRetrieval(_Retrieval):
         total = retrieved.scores_NHKC.new_zeros(())
         if retrieved.scores_NHKC.shape[0] == 0:
             return total
-        for scores_NHSr, direction in (
-            (retrieved.row_scores_NHSr, self.row_direction),
-            (retrieved.col_scores_NHSr, self.col_direction),
-        ):
-            coarse_NHS = torch.einsum("nhsr,hr->nhs", scores_NHSr, direction.to(scores_NHSr.dtype))
+        for side, direction in enumerate((self.row_direction, self.col_direction)):
+            contracted = contract_keys(retrieved.keys[:, side], direction.to(retrieved.keys.dtype), self.num_queries)
+            coarse_NHS = torch.einsum("ne,hse->nhs", retrieved.query[:, side].flatten(1), contracted)
             probability_S = coarse_NHS.softmax(-1).mean((0, 1))
             selected = torch.cat(coarse_candidates(coarse_NHS.detach(), self.coarse_top_k, self.search), dim=-1)
             count_S = torch.zeros_like(probability_S).scatter_add_(

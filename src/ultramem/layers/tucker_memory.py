@@ -195,10 +195,10 @@ class TuckerMemory(MemoryLayer):
 
         M = min(N, 64): the exact search scores the whole grid.
         """
-        statistics = {"singular_values": torch.linalg.svdvals(self.retrieval.cores.float().sum(0))}
+        statistics = {"singular_values": self.retrieval.singular_values()}
         if with_recall and self.config.search != "exact":
             sample_M = _spread_tokens(len(retrieved.slots_NHK), retrieved.slots_NHK.device)
-            row_MHSr, col_MHSr = retrieved.row_scores_NHSr[sample_M], retrieved.col_scores_NHSr[sample_M]
+            row_MHSr, col_MHSr = self.retrieval.fine_scores(retrieved, sample_M)
             cores = self.retrieval.cores.to(row_MHSr.dtype)
             statistics["recall_M"] = search_recall(row_MHSr, col_MHSr, cores, retrieved.slots_NHK[sample_M])
         return statistics

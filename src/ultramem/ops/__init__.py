@@ -4,6 +4,7 @@ from ultramem.ops.backends import use_backend
 from ultramem.ops.bag import bag, bag_reference
 from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
 from ultramem.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from ultramem.ops.key_search import contract_keys, contract_sides, fine_scores, key_search, key_search_reference
 from ultramem.ops.pooled_read import Activation, pooled_read
 from ultramem.ops.product_topk import (
     Search,
@@ -26,10 +27,15 @@ __all__ = [
     "bag_reference",
     "check_search",
     "coarse_candidates",
+    "contract_keys",
+    "contract_sides",
+    "fine_scores",
     "gather_dot",
     "gather_dot_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "key_search",
+    "key_search_reference",
     "pooled_read",
     "product_topk",
     "product_topk_flops",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ultramem.ops import backends
 from ultramem.ops.precision import without_autocast
 
 Search = Literal["two_stage", "signed", "exact"]
@@ -171,6 +172,32 @@ def search_recall(
     return found_NHK.to(row_scores_NHSr.dtype).mean((1, 2))
 
 
+def choose_search(operator: str, search: str, backend: str, *tensors: Tensor) -> str:
+    """The backend of a search; the exact one, which is a measure of the others, has the reference alone."""
+    if search == "exact":
+        return backends.REFERENCE
+    return backends.choose(operator, backend, *tensors, available=(backends.CPU,))
+
+
+@without_autocast
+def _run(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor | None,
+    row_direction_Hr: Tensor | None,
+    col_direction_Hr: Tensor | None,
+    top_k: int,
+    coarse_top_k: int,
+    search: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    if choose_search("product_topk", search, backend, row_scores_NHSr) == backends.CPU:
+        scores, slots = torch.ops.ultramem_cpu.product_topk(*operands, top_k, coarse_top_k, search == "signed")
+        return scores.to(row_scores_NHSr.dtype), slots
+    return product_topk_reference(*operands, top_k, coarse_top_k, search)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("ultramem::product_topk", mutates_args=())
 def _product_topk(
     row_scores_NHSr: Tensor,
@@ -181,21 +208,14 @@ def _product_topk(
     top_k: int,
     coarse_top_k: int,
     search: str,
+    backend: str = backends.AUTO,
 ) -> tuple[Tensor, Tensor]:
-    return product_topk_reference(
-        row_scores_NHSr,
-        col_scores_NHSr,
-        cores_CHrr,
-        row_direction_Hr,
-        col_direction_Hr,
-        top_k,
-        coarse_top_k,
-        search,  # type: ignore[arg-type]
-    )
+    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    return _run(*operands, top_k, coarse_top_k, search, backend)
 
 
 @_product_topk.register_fake
-def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search):  # type: ignore[no-untyped-def]
+def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, *_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads = row_scores_NHSr.shape[:2]
     return (
         row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, 1 if cores_CHrr is None else cores_CHrr.shape[0]),
@@ -208,28 +228,41 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
+def key_gradients(
+    grad_scores_NHKC: Tensor, row_NHKr: Tensor, col_NHKr: Tensor, cores_CHrr: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the selected fine scores of both sides, [N, H, K, r] each, and of the cores.
+
+    Scores are bilinear in both sides and linear in the cores; only the selected slots carry gradient.
+    """
+    weighted = torch.einsum("nhkc,chrq->nhkrq", grad_scores_NHKC, cores_CHrr)
+    grad_row = torch.einsum("nhkrq,nhkq->nhkr", weighted, col_NHKr)
+    grad_col = torch.einsum("nhkrq,nhkr->nhkq", weighted, row_NHKr)
+    grad_cores = torch.einsum("nhkc,nhkr,nhkq->chrq", grad_scores_NHKC, row_NHKr, col_NHKr)
+    return grad_row, grad_col, grad_cores
+
+
+def put_keys(gradient_NHKr: Tensor, keys_NHK: Tensor, side: int) -> Tensor:
+    """The gradient of `take_keys`: sums over equal keys, [N, H, S, r]."""
+    num_tokens, num_heads, _, rank = gradient_NHKr.shape
+    gradient = gradient_NHKr.new_zeros(num_tokens, num_heads, side, rank)
+    return gradient.scatter_add_(2, keys_NHK[..., None].expand(gradient_NHKr.shape), gradient_NHKr)
+
+
 @without_autocast
 def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
     row_scores, col_scores, cores_CHrr, slots_NHK = ctx.saved_tensors
     side = row_scores.shape[2]
     rows, cols = slots_NHK // side, slots_NHK % side
-    row_NHKr, col_NHKr = take_keys(row_scores, rows), take_keys(col_scores, cols)
-
-    def scatter_keys(gradient: Tensor, keys: Tensor) -> Tensor:
-        return torch.zeros_like(row_scores).scatter_add_(2, keys[..., None].expand(gradient.shape), gradient)
-
     if cores_CHrr is None:
-        return scatter_keys(grad_scores_NHKC, rows), scatter_keys(grad_scores_NHKC, cols), *[None] * 6
-    # Scores are bilinear in both sides and linear in the cores; only the selected slots carry gradient.
-    weighted = torch.einsum("nhkc,chrq->nhkrq", grad_scores_NHKC, cores_CHrr)
-    grad_row = torch.einsum("nhkrq,nhkq->nhkr", weighted, col_NHKr)
-    grad_col = torch.einsum("nhkrq,nhkr->nhkq", weighted, row_NHKr)
-    grad_cores = torch.einsum("nhkc,nhkr,nhkq->chrq", grad_scores_NHKC, row_NHKr, col_NHKr)
-    return scatter_keys(grad_row, rows), scatter_keys(grad_col, cols), grad_cores, None, None, None, None, None
+        return put_keys(grad_scores_NHKC, rows, side), put_keys(grad_scores_NHKC, cols, side), *[None] * 7
+    row_NHKr, col_NHKr = take_keys(row_scores, rows), take_keys(col_scores, cols)
+    grad_row, grad_col, grad_cores = key_gradients(grad_scores_NHKC, row_NHKr, col_NHKr, cores_CHrr)
+    return put_keys(grad_row, rows, side), put_keys(grad_col, cols, side), grad_cores, *[None] * 6
 
 
 @register_flop_formula(torch.ops.ultramem.product_topk)
-def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, **_):  # type: ignore[no-untyped-def]
+def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, backend=None, **_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, side, rank = row_shape
     num_cores = None if cores_shape is None else cores_shape[0]
     return num_tokens * product_topk_flops(side, rank, num_heads, num_cores, top_k, coarse_top_k, search)
@@ -248,6 +281,7 @@ def product_topk(
     top_k: int,
     coarse_top_k: int | None = None,
     search: Search = "two_stage",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the slots of a product-key grid with the largest scores.
 
@@ -270,6 +304,7 @@ def product_topk(
         top_k: K slots per head and token; at most the candidates of the search (m², signed about m²/2, exact S²).
         coarse_top_k: m, the keys that each side keeps; None for top_k (at most S).
         search: which of the three searches.
+        backend: see `ultramem.ops.use_backend`; the exact search runs on the reference whatever it says.
 
     Returns:
         scores [N, H, K, C] (additive: C = 1) in the dtype of the fine scores, in descending order of Σ_c,
@@ -278,6 +313,7 @@ def product_topk(
     Raises:
         ValueError: top_k, coarse_top_k or search outside what is allowed, directions missing or left over, or additive
             scores with several ranks or the signed search, which only products of scores need.
+        BackendError: an explicitly requested backend that cannot run.
     """
     if (cores_CHrr is None) != (row_direction_Hr is None) or (cores_CHrr is None) != (col_direction_Hr is None):
         raise ValueError("product_topk takes cores with both directions, or none of the three for additive scores.")
@@ -289,7 +325,7 @@ def product_topk(
     side = row_scores_NHSr.shape[2]
     coarse_top_k = min(top_k, side) if coarse_top_k is None else coarse_top_k
     check_search(search, side, top_k, coarse_top_k)
-    scores, slots = torch.ops.ultramem.product_topk(
-        row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search
-    )
+    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    search_grid = _run if backends.runs_directly(*operands) else _product_topk
+    scores, slots = search_grid(*operands, top_k, coarse_top_k, search, backends.requested(backend))
     return scores, slots

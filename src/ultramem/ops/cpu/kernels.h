@@ -32,4 +32,19 @@ std::tuple<at::Tensor, at::Tensor> sum_rows(const std::vector<at::Tensor>& idx, 
 
 int64_t advise_huge_pages(const at::Tensor& table);
 
+std::tuple<at::Tensor, at::Tensor> product_topk(const at::Tensor& rows, const at::Tensor& cols,
+                                                const std::optional<at::Tensor>& cores,
+                                                const std::optional<at::Tensor>& row_direction,
+                                                const std::optional<at::Tensor>& col_direction, int64_t top_k,
+                                                int64_t coarse_top_k, bool is_signed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search(const at::Tensor& query, const at::Tensor& keys,
+                                                          const at::Tensor& contracted, const at::Tensor& cores,
+                                                          int64_t top_k, int64_t coarse_top_k, bool is_signed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search_backward(const at::Tensor& grad_scores,
+                                                                   const at::Tensor& slots, const at::Tensor& fine,
+                                                                   const at::Tensor& query, const at::Tensor& keys,
+                                                                   const at::Tensor& cores);
+
 }  // namespace ultramem
