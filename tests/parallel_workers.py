@@ -1,19 +1,24 @@
 """What the tests of several processes run in each of them; results go to a file per process."""
 
 import os
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from tiny_training import VOCAB_SIZE, tiny_model
+from tiny_training import VOCAB_SIZE, tiny_model, train_quietly
 from ultramem.errors import CheckpointError
+from ultramem.evaluation.perplexity import evaluate_perplexity
 from ultramem.model.roles import parameter_roles
+from ultramem.training import checkpoints, run, states, train_module
 from ultramem.training.config import DataSection, LoggingSection, RunConfig, TrainingSection
 from ultramem.training.processes import on_first_process, process_group
 from ultramem.training.train_module import UltraMemTrainModule
@@ -105,3 +110,67 @@ def fail_on_first(folder: Path) -> None:
             on_first_process(fail)
         except CheckpointError as error:
             (folder / f"{dist.get_rank()}.txt").write_text(str(error))
+
+
+def spoil_losses(replace: Callable[..., object], steps: Sequence[int], process: int = 0) -> None:
+    """Makes the losses of some steps NaN in one process.
+
+    Args:
+        replace: ``setattr``, or a test's that is undone.
+        steps: of the run.
+        process: the one whose last micro-batch is spoilt.
+    """
+    take, losses = UltraMemTrainModule.train_batch, train_module.next_token_losses
+    # Spoiling twice would spoil the steps of both.
+    take, losses = getattr(take, "before", take), getattr(losses, "before", losses)
+    here = {"step": 0}
+
+    def train_batch(module: UltraMemTrainModule, batch: dict[str, Any], dry_run: bool = False) -> None:
+        here["step"] = module.trainer.global_step
+        take(module, batch, dry_run)
+
+    def next_token_losses(*arguments: torch.Tensor) -> torch.Tensor:
+        is_spoilt = here["step"] in steps and get_rank() == process
+        return losses(*arguments) * (float("nan") if is_spoilt else 1.0)
+
+    train_batch.before, next_token_losses.before = take, losses
+    replace(UltraMemTrainModule, "train_batch", train_batch)
+    replace(train_module, "next_token_losses", next_token_losses)
+
+
+def train_with_spoilt_losses(config_path: Path, steps: Sequence[int], process: int) -> None:
+    """Trains to the end; see :func:`spoil_losses`."""
+    spoil_losses(setattr, steps, process)
+    train_quietly(config_path, [])
+
+
+def measure_shared(folder: Path, files: list[Path], parallel: str, options: dict[str, Any]) -> None:
+    """What each process gets for the loss of token files that all of them measure together, and its forward passes."""
+    with process_group():
+        module = build_module(parallel, 1)
+        forwards = []
+        module.model.register_forward_hook(lambda *_: forwards.append(1))
+        result = evaluate_perplexity(module.model, files, share_batches=True, **options)
+        torch.save((result.loss, result.num_tokens, len(forwards)), folder / f"{dist.get_rank()}.pt")
+
+
+PLACES = {
+    "building": (run, "build_model"),
+    "loading": (states.StateCheckpointer, "load"),
+    "exporting": (checkpoints, "export_model"),
+    "saving": (states, "write_checksums"),
+}
+
+
+def train_slowly_at(config_path: Path, place: str, overrides: list[str]) -> None:
+    """Trains, and waits for a second in one of ``PLACES``, after the file ``PLACE-RANK`` beside the config has come."""
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+
+    def wait_first(*arguments: Any, **options: Any) -> Any:
+        (Path(config_path).parent / f"{place}-{os.environ.get('RANK', '0')}").touch()
+        time.sleep(1)
+        return function(*arguments, **options)
+
+    setattr(owner, name, wait_first)
+    train_quietly(config_path, overrides)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ultramem.files import MARKER_NAME, staged_file, staged_folder
+from ultramem.files import MARKER_NAME, find_damage, has_checksums, staged_file, staged_folder, write_checksums
 
 
 def names(folder):
@@ -112,3 +112,47 @@ def test_left_overs_of_dead_runs_are_removed_and_nothing_else(tmp_path):
     with staged_folder(tmp_path / "out"):
         pass
     assert names(tmp_path) == sorted({*before, "out"} - {f"out.partial-{ended.pid}"})
+
+
+def checked_folder(folder):
+    """Two files with checksums, one of them below."""
+    (folder / "below").mkdir()
+    for name, size in (("a.bin", 100), ("below/b.bin", 9_000_000)):
+        (folder / name).write_bytes(os.urandom(size))
+    write_checksums(folder, [folder / "a.bin", folder / "below" / "b.bin"])
+    return folder
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def test_undamaged_files_and_folders_without_checksums(tmp_path):
+    assert find_damage(tmp_path) == []
+    assert not has_checksums(tmp_path)
+    folder = checked_folder(tmp_path)
+    assert has_checksums(folder)
+    assert find_damage(folder) == []
+    # What is not in the list may come and go.
+    (folder / "notes.txt").write_text("new")
+    assert find_damage(folder) == []
+
+
+@pytest.mark.parametrize("position", [0, 5_000_000, 8_999_999])
+def test_every_flipped_bit_is_found(tmp_path, position):
+    folder = checked_folder(tmp_path)
+    flip(folder / "below" / "b.bin", position)
+    assert find_damage(folder) == ["below/b.bin has changed since it was written (its checksum differs)"]
+
+
+def test_what_is_missing_or_cut_short_and_a_damaged_list(tmp_path):
+    folder = checked_folder(tmp_path)
+    (folder / "a.bin").unlink()
+    os.truncate(folder / "below" / "b.bin", 8_999_999)
+    damage = ["a.bin is missing", "below/b.bin has 8,999,999 bytes instead of 9,000,000"]
+    assert find_damage(folder) == damage
+    assert [find_damage(folder, part, 2) for part in (0, 1)] == [damage[:1], damage[1:]]
+    (folder / "checksums.json").write_text('{"a.bin": 3}')
+    assert find_damage(folder)[0].startswith("checksums.json cannot be read (")

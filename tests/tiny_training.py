@@ -97,7 +97,7 @@ def tiny_settings(data_folder: Path, save_folder: Path) -> dict[str, Any]:
 
 def start_training(config_path: Path, *overrides: str) -> multiprocessing.Process:
     """Runs ``ultramem train`` in a child of a server process that has imported everything."""
-    return start_process(_train_quietly, config_path, list(overrides))
+    return start_process(train_quietly, config_path, list(overrides))
 
 
 def start_process(function: Callable[..., object], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
@@ -130,7 +130,7 @@ def start_processes(function: Callable[..., object], *arguments: Any, num_proces
 
 def start_parallel_training(config_path: Path, *overrides: str) -> list[Any]:
     """Runs ``ultramem train`` in two processes that write the same log."""
-    return start_processes(_train_quietly, config_path, list(overrides))
+    return start_processes(train_quietly, config_path, list(overrides))
 
 
 def run_parallel_training(config_path: Path, *overrides: str) -> None:
@@ -139,7 +139,8 @@ def run_parallel_training(config_path: Path, *overrides: str) -> None:
         finish_training(process, config_path)
 
 
-def _train_quietly(config_path: Path, overrides: list[str]) -> None:
+def train_quietly(config_path: Path, overrides: list[str]) -> None:
+    """Trains in this process, whose output goes to a file beside the configuration."""
     log = os.open(Path(config_path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

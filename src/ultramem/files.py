@@ -1,15 +1,22 @@
 """Files and folders that appear complete or not at all: written beside their place, then renamed."""
 
 import glob
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 MARKER_NAME = ".ultramem-partial"
 """First file of a folder being written: only folders with it are ever removed as left over."""
+
+CHECKSUMS_NAME = "checksums.json"
+_BLOCK_BYTES = 1 << 22
+_NUM_READERS = 4
 
 
 @contextmanager
@@ -88,3 +95,71 @@ def _is_running(process_id: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def write_checksums(folder: Path, files: Iterable[Path]) -> None:
+    """Write down size and CRC-32 of files, for :func:`find_damage`.
+
+    Args:
+        folder: gets a `checksums.json`.
+        files: in it or below, completely written.
+    """
+    files = sorted(files)
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        sums = dict(
+            zip((file.relative_to(folder).as_posix() for file in files), readers.map(_size_and_sum, files), strict=True)
+        )
+    with staged_file(folder / CHECKSUMS_NAME) as stage:
+        stage.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether :func:`write_checksums` was called for a folder."""
+    return (folder / CHECKSUMS_NAME).is_file()
+
+
+def find_damage(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
+    """What has happened to a folder's files since :func:`write_checksums`.
+
+    Args:
+        folder: any folder; one without `checksums.json` has no damage that could be found.
+        part: reads every `num_parts`-th file only, from this one on, so that several processes can share the reading.
+        num_parts: number of parts.
+
+    Returns:
+        A text for each file that is missing, cut short or changed; empty if all are as they were written.
+    """
+    if not has_checksums(folder):
+        return []
+    try:
+        sums = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        expected = [(str(name), (int(size), int(checksum))) for name, (size, checksum) in sums.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return [f"{CHECKSUMS_NAME} cannot be read ({error})"]
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        found = readers.map(lambda item: _damage(folder / item[0], *item), expected[part::num_parts])
+        return [text for text in found if text is not None]
+
+
+def _damage(file: Path, name: str, expected: tuple[int, int]) -> str | None:
+    try:
+        num_bytes = file.stat().st_size
+        if num_bytes != expected[0]:
+            return f"{name} has {num_bytes:,} bytes instead of {expected[0]:,}"
+        if _size_and_sum(file) != expected:
+            return f"{name} has changed since it was written (its checksum differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _size_and_sum(file: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    num_bytes = checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            num_bytes += len(block)
+            checksum = zlib.crc32(block, checksum)
+    return num_bytes, checksum

@@ -1,11 +1,21 @@
 """A tiny data folder and a tiny run on it."""
 
+import gc
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tiny_training import tiny_settings, write_data_folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_collection():
+    """OLMo-core collects garbage several times a run, which takes half of a tiny one for what was merely imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

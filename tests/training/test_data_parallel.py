@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from parallel_workers import NUM_SEQUENCES, batch_of, build_module, fail_on_first, train_one_batch
-from tiny_training import start_processes
+from parallel_workers import NUM_SEQUENCES, batch_of, build_module, fail_on_first, measure_shared, train_one_batch
+from tiny_training import VOCAB_SIZE, start_processes
+from ultramem.evaluation.perplexity import evaluate_perplexity
 from ultramem.model.roles import parameter_roles
 from ultramem.training.data_parallel import clip_gradients_
 
@@ -97,3 +98,27 @@ def test_clipping_in_one_process_is_torchs(max_norm):
         parameter.grad = gradient
     assert torch.equal(torch.nn.utils.clip_grad_norm_(parameters, max_norm), norm)
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(parameters, ours, strict=True))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("num_tokens", "batch_size", "num_batches"),
+    # One file; with its last short window, an odd and an even number of batches; a single one.
+    [(8 * 16 + 5, 3, 4), (8 * 16 + 1, 2, 4), (6 * 16 + 3, 2, 4), (4 * 16 + 2, 2, 3), (5, 4, 1)],
+)
+def test_a_shared_evaluation_is_that_of_one_process(tmp_path, parallel, num_tokens, batch_size, num_batches):
+    """Each process runs as many forward passes as any other, half of one process's, rounded up."""
+    tokens = torch.randint(2, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(1))
+    tokens.numpy().astype("<u2").tofile(tmp_path / "a.npy")
+    options = {"sequence_length_tokens": 16, "batch_size": batch_size}
+    in_two_processes(tmp_path, measure_shared, [tmp_path / "a.npy"], parallel, options)
+    model = build_module(None, 1).model
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    expected = evaluate_perplexity(model, [tmp_path / "a.npy"], **options)
+    assert len(forwards) == num_batches
+    for rank in (0, 1):
+        loss, num_predicted, num_forwards = torch.load(tmp_path / f"{rank}.pt")
+        assert loss == pytest.approx(expected.loss, rel=1e-12)
+        assert num_predicted == expected.num_tokens == num_tokens - 1
+        assert num_forwards == -(-num_batches // 2)

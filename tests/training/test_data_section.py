@@ -47,13 +47,17 @@ def test_what_names_no_data(tmp_path, data, message):
         load_config(write_config(tmp_path / "c.yaml", data, tmp_path / "run"))
 
 
-def test_masked_documents_do_not_go_with_a_convolution_over_them(tmp_path):
+def test_masked_documents_do_not_go_with_a_memory_that_looks_back(tmp_path):
     memory = {"type": "ultramem", "num_keys": 8, "key_dim": 8, "query_conv": 3}
     path = write_config(tmp_path / "c.yaml", {"folder": "a", "mask_documents": True}, tmp_path / "run")
-    message = r"'data\.mask_documents: true' does not go with 'model\.memory\.query_conv: 3': .* Set query_conv to 0 or"
+    message = (
+        r"'data\.mask_documents: true' does not go with this memory \('model\.memory\.type: ultramem'\): its queries "
+        r"read 2 tokens before their own, .* Set mask_documents to false, or .*\(query_conv 0\)"
+    )
     with pytest.raises(ConfigError, match=message):
         load_config(path, [f"model.memory={memory}"])
-    assert load_config(path, [f"model.memory={memory | {'query_conv': 0}}"]).data.mask_documents
+    for taps in (0, 1):
+        assert load_config(path, [f"model.memory={memory | {'query_conv': taps}}"]).data.mask_documents
     assert load_config(path, [f"model.memory={memory}", "data.mask_documents=false"]).model["memory"]["query_conv"] == 3
 
 

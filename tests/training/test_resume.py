@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from parallel_workers import train_slowly_at
 from tiny_training import (
     assert_same_state,
     finish_training,
     metrics_lines,
     run_training,
     start_parallel_training,
+    start_process,
+    start_processes,
     start_training,
     tiny_settings,
     training_state,
@@ -28,6 +31,18 @@ HANGING_S = 300
 
 def rows(table_moments):
     return {"training": {"table_gradients": "rows"}, "optimizer": {"table_moments": table_moments}}
+
+
+@pytest.fixture(scope="module")
+def four_steps(data_folder, tmp_path_factory):
+    """The config of a run that has taken four steps."""
+    settings = tiny_settings(data_folder, tmp_path_factory.mktemp("four") / "run")
+    settings["training"]["max_steps"] = 4
+    settings["validation"]["interval_steps"] = settings["checkpoint"]["interval_steps"] = None
+    config_path = Path(settings["run"]["save_folder"]).with_suffix(".yaml")
+    config_path.write_text(yaml.safe_dump(settings))
+    run_training(config_path)
+    return config_path
 
 
 @pytest.mark.parametrize(
@@ -106,6 +121,69 @@ def test_signal_saves_and_the_same_command_resumes(data_folder, tmp_path, signal
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == list(range(1, step + 6))
 
 
+def _wait_for(path: Path, processes: list, log: Path) -> None:
+    end_s = time.monotonic() + HANGING_S
+    while not path.exists():
+        assert all(process.is_alive() for process in processes), log.read_text()
+        assert time.monotonic() < end_s, f"{path.name} did not come"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("place", "last_step"),
+    [
+        # Before there is anything to save; while a state is loaded, which is then the last; while one is saved, at the
+        # end of the run or in its middle.
+        ("building", 4),
+        ("loading", 4),
+        ("exporting", 6),
+        ("saving", 5),
+    ],
+)
+def test_signals_that_come_at_a_bad_moment(four_steps, tmp_path, place, last_step, signal_number):
+    shutil.copytree(four_steps.parent, tmp_path / "copy")
+    config_path = tmp_path / "copy" / "run.yaml"
+    run_folder = tmp_path / "copy" / "run"
+    overrides = [f"run.save_folder={run_folder}", "training.max_steps=6", "checkpoint.keep=null"]
+    if place == "saving":
+        overrides += ["checkpoint.save_async=false", "checkpoint.interval_steps=5"]
+    process = start_process(train_slowly_at, config_path, place, overrides)
+    _wait_for(tmp_path / "copy" / f"{place}-0", [process], config_path.with_suffix(".log"))
+    # In this one the first ends it.
+    for _ in range(1 if place == "building" else 2):
+        os.kill(process.pid, signal_number)
+        time.sleep(0.05)
+    finish_training(process, config_path)
+    log = config_path.with_suffix(".log").read_text()
+    assert complete_steps(run_folder)[-1] == last_step
+    assert (run_folder / f"step{last_step}-hf" / "model.safetensors").is_file()
+    if place == "building":
+        name = signal.Signals(signal_number).name
+        assert f"stopped before the training began ({name} received): there is nothing to save" in log
+        assert log.count("model:") == 1  # of the four steps before
+    else:
+        assert ("stopped at step" in log) == (last_step < 6)
+        assert log.splitlines()[-1] == f"model: {run_folder}/step{last_step}-hf"
+    run_training(config_path, *overrides)
+    assert [line["step"] for line in metrics_lines(run_folder)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_of_two_processes_before_they_train(four_steps, tmp_path):
+    """Both load on, and end with what was saved before."""
+    shutil.copytree(four_steps.parent, tmp_path / "copy")
+    config_path, run_folder = tmp_path / "copy" / "run.yaml", tmp_path / "copy" / "run"
+    overrides = [f"run.save_folder={run_folder}", "training.max_steps=2000"]
+    processes = start_processes(train_slowly_at, config_path, "building", overrides)
+    _wait_for(tmp_path / "copy" / "building-1", processes, config_path.with_suffix(".log"))
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        finish_training(process, config_path)
+    assert complete_steps(run_folder) == [4]
+    assert config_path.with_suffix(".log").read_text().count("stopped at step 4 of 2000: saved") == 1
+
+
 def test_finished_run_started_again_changes_nothing(config_path):
     run_training(config_path)
     run_folder = config_path.parent / "run"
@@ -158,6 +236,23 @@ def _freeze_at_the_moment(run_folder: Path, processes: list, delay_s: float, mom
         time.sleep(0.002)
 
 
+def _kill_all(processes: list, rng: random.Random) -> None:
+    """Kills a process that is frozen, and the others as torchrun would: after they could go on without it for a while.
+
+    What they do alone must not look like a complete state.
+    """
+    first, *others = rng.sample(processes, len(processes))
+    first.kill()
+    first.join()
+    for process in others:
+        os.kill(process.pid, signal.SIGCONT)
+    if others:
+        time.sleep(rng.uniform(0.0, 0.5))
+    for process in others:
+        process.kill()
+        process.join()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_async", "num_processes"),
@@ -190,9 +285,7 @@ def test_killed_ten_times_equals_uninterrupted_run(data_folder, tmp_path, save_a
         moment = ("any", "writing", "progress")[attempt % 3]
         _freeze_at_the_moment(run_folder, processes, rng.uniform(0.5, 2.5), moment)
         seen = _newest(run_folder)
-        for process in processes:
-            process.kill()
-            process.join()
+        _kill_all(processes, rng)
         found = _newest(run_folder)
         assert found >= seen >= newest
         newest = found

@@ -64,6 +64,7 @@ def make_module(
         max_tokens=640,
         max_steps=10,
         dp_process_group=None,
+        data_loader=SimpleNamespace(batches_processed=3, epoch=2),
         metrics={},
     )
     return module

@@ -74,8 +74,8 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load the model of a model folder in fp32 and eval mode.
 
     Raises:
-        CheckpointError: the configuration or the weights cannot be read, or tensors are missing, left over or of
-            another shape.
+        CheckpointError: the configuration or the weights cannot be read or are not as they were exported, or tensors
+            are missing, left over or of another shape.
     """
     import torch
     import transformers
@@ -83,10 +83,11 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     from safetensors import SafetensorError
 
     from ultramem.errors import CheckpointError, UltraMemError
-    from ultramem.model.inspection import load_config
+    from ultramem.model.inspection import check_undamaged, load_config
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    check_undamaged(folder)
     if _is_ultramem(folder):
         load_config(folder)  # names the file and the setting that is wrong
     try:

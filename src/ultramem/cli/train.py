@@ -24,6 +24,14 @@ def train(
     scale: Annotated[
         str | None, typer.Option("--scale", help="`tiny` shrinks the run to seconds, in the folder NAME-tiny.")
     ] = None,
+    show_sequences: Annotated[
+        str | None,
+        typer.Option(
+            "--show-sequences",
+            metavar="EPOCH:FIRST-LAST",
+            help="Print training sequences, e.g. 1:128-143, by their place in the order of the run, and stop.",
+        ),
+    ] = None,
 ) -> None:
     """Train a language model; the same command again resumes from the newest complete checkpoint."""
     # OLMo-core takes seconds to import.
@@ -35,6 +43,12 @@ def train(
 
         print_dry_run(*resolve_dry_run(config, overrides or [], scale), processes)
         return
-    model_folder = run_training(*resolve_config(config, overrides or [], scale))
-    if os.environ.get("RANK", "0") == "0":
+    resolved = resolve_config(config, overrides or [], scale)
+    if show_sequences is not None:
+        from ultramem.training.sequences import print_sequences
+
+        print_sequences(*resolved, show_sequences)
+        return
+    model_folder = run_training(*resolved)
+    if model_folder is not None and os.environ.get("RANK", "0") == "0":
         typer.echo(f"model: {model_folder}")

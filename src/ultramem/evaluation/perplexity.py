@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
@@ -64,6 +65,7 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     document_end: int | None = None,
     progress: Callable[[int], None] | None = None,
+    share_batches: bool = False,
 ) -> PerplexityResult:
     """Measure the loss on raw token files.
 
@@ -84,6 +86,8 @@ def evaluate_perplexity(
         document_end: the token that ends a document, for a model trained with masked documents: a token then sees its
             own document only. None lets it see the whole window.
         progress: called after each batch with the number of tokens it predicted.
+        share_batches: each of several processes measures every n-th batch, and all get the result of the whole. They
+            call this together, and run equally many forward passes, as models need that FSDP has split.
 
     Returns:
         The measured loss and what follows from it.
@@ -100,13 +104,18 @@ def evaluate_perplexity(
     with evaluating(model):
         start_s = time.perf_counter()
         loss_sum, num_tokens = 0.0, 0
-        for input_ids_BT, labels_BT in iterate_windows(
-            token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens
-        ):
-            loss_sum += _sum_of_losses(model, input_ids_BT, labels_BT, dtype, document_end)
+        batches = iterate_windows(token_files, token_dtype, sequence_length_tokens, batch_size, max_tokens)
+        share = _own_share(batches) if share_batches else ((*batch, True) for batch in batches)
+        for input_ids_BT, labels_BT, counts in share:
+            batch_loss = _sum_of_losses(model, input_ids_BT, labels_BT, dtype, document_end)
+            if not counts:
+                continue
+            loss_sum += batch_loss
             num_tokens += labels_BT.numel()
             if progress is not None:
                 progress(labels_BT.numel())
+        if share_batches:
+            loss_sum, num_tokens = _total(loss_sum, num_tokens, model.device)
         duration_s = time.perf_counter() - start_s
     if num_tokens == 0:
         names = ", ".join(str(file) for file in token_files) or "no files"
@@ -114,6 +123,44 @@ def evaluate_perplexity(
     loss = loss_sum / num_tokens
     bits_per_byte = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
     return PerplexityResult(loss, num_tokens, bits_per_byte, duration_s)
+
+
+def _own_share(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Every n-th batch for this one of n processes, and whether it counts.
+
+    Where the last round has no batch left for a process, it gets one of another's that does not count.
+    """
+    rank, num_processes = _process()
+    num_left = 0
+    for index, batch in enumerate(batches):
+        place = index % num_processes
+        if place == 0:
+            first = batch
+        if place == rank:
+            own = batch
+        num_left = (place + 1) % num_processes
+        if num_left == 0:
+            yield *own, True
+    if num_left:
+        yield (*own, True) if rank < num_left else (*first, False)
+
+
+def _total(loss_sum: float, num_tokens: int, device: torch.device) -> tuple[float, int]:
+    """Sums over all processes."""
+    if _process()[1] == 1:
+        return loss_sum, num_tokens
+    sums = torch.tensor([loss_sum, num_tokens], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return float(sums[0]), int(sums[1])
+
+
+def _process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def iterate_windows(

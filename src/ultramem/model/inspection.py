@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ultramem.errors import CheckpointError, ConfigError
+from ultramem.files import CHECKSUMS_NAME, find_damage
 from ultramem.model.accounting import cost_card
 from ultramem.model.configuration import UltraMemConfig
 from ultramem.model.folders import weight_files
@@ -125,3 +126,16 @@ def check_weights(folder: Path, config: UltraMemConfig) -> WeightSummary:
     assert num_parameters == cost_card(config).total_parameters
     num_bytes = sum(file.stat().st_size for file in files)
     return WeightSummary(len(files), len(found), num_bytes, tuple(sorted(dtypes)))
+
+
+def check_undamaged(folder: Path) -> None:
+    """Compare the weight files of an exported model with the checksums that were written with them, if there are any.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+    """
+    if damage := find_damage(folder):
+        raise CheckpointError(
+            f"the model in {folder} is damaged: {'; '.join(damage)}. Export the model again, or copy the files again; "
+            f"if you changed the weights yourself, remove {CHECKSUMS_NAME} from the folder."
+        )

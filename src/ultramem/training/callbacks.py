@@ -94,7 +94,7 @@ class Validation(Callback):
     set_name: str | None = None  # None: the run's own data
 
     def post_train_batch(self) -> None:
-        """Measures every ``interval_steps`` and at the end of the run; every process measures the whole split."""
+        """Measures every ``interval_steps`` and at the end of the run; several processes do it together."""
         if self.measure is None or not is_due(self.step, self.interval_steps, self.trainer.max_steps):
             return
         result = self.measure()

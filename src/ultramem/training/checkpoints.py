@@ -1,7 +1,8 @@
 """Run folders: complete training states, self-contained model folders, and what a killed run leaves behind.
 
-A ``stepN`` folder is complete when its ``.metadata.json`` is there: OLMo-core writes it after the tensors, and removes
-it first when a folder goes. Everything else in this module is arranged so that the newest complete one always exists.
+A ``stepN`` folder is complete when its ``.metadata.json`` is there: that is written after the tensors and their
+checksums, and removed first when a folder goes. Everything else in this module is arranged so that the newest complete
+one always exists.
 """
 
 import errno
@@ -23,10 +24,14 @@ from transformers.utils import logging as hf_logging
 
 from ultramem.data.tokenizer import load_tokenizer_with_ids
 from ultramem.errors import CheckpointError
-from ultramem.files import staged_folder
+from ultramem.files import staged_folder, write_checksums
+from ultramem.model.folders import weight_files
 from ultramem.training.data_parallel import gather_weights
+from ultramem.training.states import damaged_state, lost_files
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Of the run folder if their text names it; other files may be refused too.
+_FOLDER_ERRORS = (errno.EACCES, errno.EPERM)
 
 
 def complete_steps(run_folder: Path) -> list[int]:
@@ -45,7 +50,13 @@ def remove_leftovers(run_folder: Path) -> list[str]:
 
     Returns:
         names of the removed folders.
+
+    Raises:
+        CheckpointError: a state that was complete has lost a file.
     """
+    for path in sorted(run_folder.glob("step*")) if run_folder.is_dir() else []:
+        if re.fullmatch(r"step\d+", path.name) and (damage := lost_files(path)):
+            raise damaged_state(path, damage)
     steps = complete_steps(run_folder)
     complete = {f"step{step}" for step in steps}
     removed = []
@@ -91,7 +102,7 @@ def explained_write_errors(run_folder: Path) -> Iterator[None]:
         yield
     # What PyTorch raises for a failed state is no Exception.
     except BaseException as error:
-        if (cause := _disk_error(error)) is None:
+        if (cause := _disk_error(error, run_folder)) is None:
             raise
         steps = complete_steps(run_folder)
         kept = f"step {steps[-1]} is complete and kept" if steps else "no checkpoint is complete yet"
@@ -101,18 +112,17 @@ def explained_write_errors(run_folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _disk_error(error: BaseException | None) -> str | None:
+def _disk_error(error: BaseException | None, run_folder: Path) -> str | None:
     """What the file system refused, if that is where an error or one behind it comes from.
 
     The number is searched in the text: safetensors, `shutil.copytree` and PyTorch's writer of states pass on the
     system's error in their messages only.
     """
     while error is not None:
-        # OLMo-core writes a state's last file in a callback that swallows errors, and then misses the file.
-        if isinstance(error, TimeoutError) and "finalize checkpoint" in str(error):
-            return "the last file of a checkpoint is missing, as on a full disk"
-        for number in map(int, re.findall(r"(?:\[Errno|\(os error) (\d+)", str(error))):
-            if number in _DISK_ERRORS:
+        text = str(error)
+        names_folder = any(str(path) in text for path in {run_folder, run_folder.resolve()})
+        for number in map(int, re.findall(r"(?:\[Errno|\(os error) (\d+)", text)):
+            if number in _DISK_ERRORS or (number in _FOLDER_ERRORS and names_folder):
                 return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
@@ -136,6 +146,7 @@ def export_model(
         model.save_pretrained(stage, state_dict=weights)
         if bars_shown:
             hf_logging.enable_progress_bar()
+        write_checksums(stage, weight_files(stage))
         if tokenizer_path.is_dir():
             shutil.copytree(tokenizer_path, stage, dirs_exist_ok=True)
         else:

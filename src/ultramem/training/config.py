@@ -27,6 +27,8 @@ TableMoments = Literal["fp32", "bf16", "8bit"]
 ScheduleName = Literal["cosine", "wsd", "constant", "linear"]
 # What several processes hold: all weights each, or the tables each and a share of the rest.
 Parallel = Literal["ddp", "fsdp"]
+# What becomes of a step whose loss or gradient is NaN or infinite.
+OnNonfinite = Literal["stop", "skip"]
 
 
 @dataclass
@@ -78,7 +80,7 @@ class ScheduleSection(Config):
 
 @dataclass
 class TrainingSection(Config):
-    """Length of the run, batches, precision."""
+    """Length of the run, batches, precision, processes, and what ends the run."""
 
     max_tokens: int | None = None
     max_steps: int | None = None
@@ -89,6 +91,8 @@ class TrainingSection(Config):
     gradient_checkpointing: bool = False
     table_gradients: TableGradients = "dense"
     parallel: Parallel | None = None  # None: ddp where there are several processes
+    on_nonfinite: OnNonfinite = "stop"  # a step whose loss or gradient is NaN or infinite
+    max_skips_in_a_row: int = 10
 
 
 @dataclass
@@ -242,7 +246,13 @@ def _check_wsd(config: RunConfig) -> None:
 def _check_ranges(config: RunConfig) -> None:
     at_least_one = {
         "data": ["sequence_length_tokens", "mixture_tokens"],
-        "training": ["max_tokens", "max_steps", "global_batch_sequences", "micro_batch_sequences"],
+        "training": [
+            "max_tokens",
+            "max_steps",
+            "global_batch_sequences",
+            "micro_batch_sequences",
+            "max_skips_in_a_row",
+        ],
         "validation": ["interval_steps", "tokens", "task_limit", "tasks_interval_steps"],
         "checkpoint": ["interval_steps", "keep"],
         "logging": ["interval_steps", "memory_interval_steps"],

@@ -72,14 +72,7 @@ class DataParallel:
     def finish_gradients(self) -> None:
         """After the last micro-batch: averages what the engine left, and the running statistics of batch norms."""
         gradients = [parameter.grad for parameter in self._replicated if parameter.grad is not None]
-        statistics = [
-            buffer
-            for module in self.model.modules()
-            if isinstance(module, AdditiveRetrieval)
-            for buffer in (module.query_mean, module.query_variance)
-            if buffer is not None
-        ]
-        self._average_(gradients + statistics)
+        self._average_(gradients + running_statistics(self.model))
 
     def average_rows(self, gradients: dict[nn.Parameter, tuple[Tensor, Tensor]]) -> None:
         """Replaces each process's row gradients by their mean over the processes, equal to the bit in all of them.
@@ -127,6 +120,17 @@ def _gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that forward passes in training change: those of batch-normalised queries."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, AdditiveRetrieval)
+        for buffer in (module.query_mean, module.query_variance)
+        if buffer is not None
+    ]
 
 
 def _shard(model: nn.Module, roles: Mapping[str, str]) -> list[nn.Parameter]:

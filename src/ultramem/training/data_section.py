@@ -8,6 +8,7 @@ from olmo_core.config import Config
 
 from ultramem.data.sources import RawSettings, SourceSpec
 from ultramem.errors import ConfigError
+from ultramem.model.configuration import make_memory_config
 
 TokenType = Literal["uint16", "uint32"]
 
@@ -87,9 +88,12 @@ class DataSection(Config):
 
 def check_maskable(mask_documents: bool, model: dict) -> None:
     """Raises ConfigError where documents are masked but a memory would still look across them."""
-    memory = model.get("memory") or {}
-    if mask_documents and memory.get("query_conv"):
+    if not mask_documents or not model.get("memory"):
+        return
+    memory = make_memory_config(model["memory"])
+    if memory.num_past_tokens:
         raise ConfigError(
-            f"'data.mask_documents: true' does not go with 'model.memory.query_conv: {memory['query_conv']}': the "
-            "queries' convolution reads tokens of the document before. Set query_conv to 0 or mask_documents to false"
+            f"'data.mask_documents: true' does not go with this memory ('model.memory.type: {memory.type}'): its "
+            f"queries read {memory.num_past_tokens} tokens before their own, of the document before too. Set "
+            "mask_documents to false, or have the memory look at one token only (query_conv 0)"
         )

@@ -14,7 +14,7 @@ from ultramem.errors import CheckpointError, ConfigError
 from ultramem.evaluation.compatibility import check_same_vocabulary
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.folders import resolve_model_folder
-from ultramem.model.inspection import check_weights
+from ultramem.model.inspection import check_undamaged, check_weights
 from ultramem.model.inspection import load_config as load_model_config
 from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig, load_config
@@ -87,6 +87,7 @@ def check_loadable(config: RunConfig, model: UltraMemConfig, manifest: DataManif
         folder = start.model_folder
         saved = load_model_config(folder)
         check_weights(folder, saved)
+        check_undamaged(folder)
     found = [text for key, text in differing_settings(saved, model).items() if not CHANGEABLE.fullmatch(key)]
     if found:
         raise CheckpointError(

@@ -4,12 +4,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import OLMO_SHARED_FS_ENV_VAR, broadcast_object, get_rank, get_world_size
 from olmo_core.train import Trainer
+from olmo_core.train.callbacks import Callback
 
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.training.config import RunConfig
@@ -74,23 +76,58 @@ def on_first_process(action: Callable[[], object]) -> None:
         raise error
 
 
-@contextmanager
-def signals_cancel(trainer: Trainer) -> Iterator[None]:
-    """With several processes, SIGINT and SIGTERM cancel the run also while it loads and while it saves at its end.
+class Signals:
+    """SIGINT and SIGTERM of a run, from its first check to its last file; the trainer takes them between its steps.
 
-    The trainer's own handlers cover the steps between. A terminal's Ctrl-C reaches every process twice, from the
-    terminal and from torchrun: the second must not end the process that the first made save.
+    In a single process a signal before the training starts ends the run at once, for nothing is lost. Of several
+    processes one may be alone in getting it: they load on and end together. From then on the run ends as after a step,
+    and while it saves at its end nothing disturbs it: a terminal's Ctrl-C reaches every process twice, from the
+    terminal and from torchrun.
     """
-    if get_world_size() == 1:
-        yield
-        return
 
-    def cancel(number: int, frame: FrameType | None) -> None:
-        trainer.cancel_run(f"{signal.Signals(number).name} received")
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._trainer: Trainer | None = None
 
-    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    def start(self, trainer: Trainer) -> None:
+        """From now on a signal cancels this trainer's run."""
+        self._trainer = trainer
+
+    def pass_on(self) -> None:
+        """Cancels the run for a signal that came before the trainer looked."""
+        if self._received is not None and self._trainer is not None:
+            self._trainer.cancel_run(f"{signal.Signals(self._received).name} received")
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Python's handler."""
+        self._received = number
+        self.pass_on()
+        if self._trainer is None and get_world_size() == 1:
+            raise StoppedEarlyError(f"{signal.Signals(number).name} received")
+
+
+class StoppedEarlyError(Exception):
+    """A signal has come before there was anything to save."""
+
+
+@dataclass
+class PassOnSignals(Callback):
+    """Cancels a run that got a signal before its first step."""
+
+    signals: Signals = field(default_factory=Signals)
+
+    def pre_train(self) -> None:
+        """After the trainer has forgotten what cancelled it before."""
+        self.signals.pass_on()
+
+
+@contextmanager
+def signals_end_run() -> Iterator[Signals]:
+    """Handles SIGINT and SIGTERM as :class:`Signals` says, then puts back the handlers that were there."""
+    signals = Signals()
+    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import Duration, Trainer, TrainerConfig
-from olmo_core.train.checkpoint import CheckpointerConfig
 from olmo_core.utils import get_default_device, seed_all
 
 from ultramem.data.manifest import DataManifest
@@ -41,8 +40,18 @@ from ultramem.training.checkpoints import (
 )
 from ultramem.training.config import RunConfig, load_config
 from ultramem.training.loading import check_loadable, differing_settings, load_weights, starting_point
-from ultramem.training.processes import check_processes, on_first_process, process_group, signals_cancel
+from ultramem.training.nonfinite import SkippedSteps
+from ultramem.training.out_of_memory import explained_memory_errors
+from ultramem.training.processes import (
+    PassOnSignals,
+    StoppedEarlyError,
+    check_processes,
+    on_first_process,
+    process_group,
+    signals_end_run,
+)
 from ultramem.training.scale import scale_config
+from ultramem.training.states import StateCheckpointerConfig
 from ultramem.training.train_module import UltraMemTrainModule
 from ultramem.training.validation import build_validation
 
@@ -123,7 +132,7 @@ def model_config(config: RunConfig) -> UltraMemConfig:
         raise ConfigError(f"the section 'model' does not describe a model: {error}") from error
 
 
-def train(config: RunConfig, manifest: DataManifest) -> Path:
+def train(config: RunConfig, manifest: DataManifest) -> Path | None:
     """Trains to the end of the config, or until SIGINT or SIGTERM, and saves.
 
     Under torchrun all processes call this; the first one writes, locks and reports.
@@ -133,22 +142,30 @@ def train(config: RunConfig, manifest: DataManifest) -> Path:
         manifest: the data folder's.
 
     Returns:
-        the newest model folder of the run.
+        the newest model folder of the run; None if a signal ended it before its training began.
 
     Raises:
-        CheckpointError: the run folder belongs to another model, data set or seed, is in use, or its disk is full.
+        CheckpointError: the run folder belongs to another model, data set or seed, is in use, its disk is full, or its
+            newest state is damaged.
+        TrainingError: a loss or gradient is NaN or infinite, or memory ran out.
     """
     run_folder = config.save_folder
-    with process_group(), ExitStack() as held:
-        check_processes(config, get_world_size())
-        on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
-        with explained_write_errors(run_folder), _quiet_engine(run_folder / "train.log"):
-            on_first_process(partial(_prepare_run_folder, config, manifest))
-            trainer = build_trainer(config, manifest)
-            with signals_cancel(trainer):
+    try:
+        with process_group(), ExitStack() as held, signals_end_run() as signals:
+            check_processes(config, get_world_size())
+            on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
+            errors = (explained_write_errors(run_folder), explained_memory_errors(config))
+            with errors[0], errors[1], _quiet_engine(run_folder / "train.log"):
+                on_first_process(partial(_prepare_run_folder, config, manifest))
+                trainer = build_trainer(config, manifest)
+                trainer.add_callback("signals", PassOnSignals(signals))
+                signals.start(trainer)
                 trainer.fit()
-            _report_end(trainer)
-        return run_folder / f"step{trainer.global_step}-hf"
+                _report_end(trainer)
+            return run_folder / f"step{trainer.global_step}-hf"
+    except StoppedEarlyError as stop:
+        print(f"stopped before the training began ({stop}): there is nothing to save", file=sys.stderr)
+        return None
 
 
 def _prepare_run_folder(config: RunConfig, manifest: DataManifest) -> None:
@@ -221,7 +238,7 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
     trainer_config = TrainerConfig(
         save_folder=str(config.save_folder),
         work_dir=str(config.save_folder),
-        checkpointer=CheckpointerConfig(),
+        checkpointer=StateCheckpointerConfig(),
         max_duration=duration,
         # A signal ends the run after the step during which it came.
         cancel_check_interval=1,
@@ -232,7 +249,10 @@ def build_trainer(config: RunConfig, manifest: DataManifest) -> Trainer:
         # All processes must learn of a signal after the same step.
         async_bookkeeping=False,
         metrics_collect_interval=config.logging.interval_steps,
-        callbacks=build_callbacks(model, config, manifest),
+        callbacks={
+            **build_callbacks(model, config, manifest),
+            "skipped_steps": SkippedSteps(train_module.guard.counts, train_module.guard.skips),
+        },
     )
     return trainer_config.build(train_module, build_data_loader(config, manifest))
 
@@ -297,7 +317,15 @@ def _quiet_engine(path: Path) -> Iterator[None]:
 
 
 def _report_end(trainer: Trainer) -> None:
-    if trainer.is_canceled and get_rank() == 0:
+    if get_rank() != 0:
+        return
+    counts = trainer.train_module.guard.counts
+    if counts.total:
+        print(
+            f"steps skipped for a NaN or infinite loss or gradient: {counts.total} of {trainer.global_step}",
+            file=sys.stderr,
+        )
+    if trainer.is_canceled:
         print(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}: saved; the same command resumes from there",
             file=sys.stderr,

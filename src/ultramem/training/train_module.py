@@ -1,6 +1,5 @@
 """The OLMo-core train module around a Hugging Face causal language model with memory tables."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,18 +11,17 @@ from olmo_core.data.utils import get_labels, split_batch
 from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.common import ReduceType
 from olmo_core.train.train_module import EvalBatchSizeUnit, EvalBatchSpec, TrainModule
-from olmo_core.utils import cuda_sync_debug_mode, move_to_device
+from olmo_core.utils import move_to_device
 from torch import Tensor, nn
 
-from ultramem.errors import TrainingError
 from ultramem.evaluation.mode import evaluating
 from ultramem.layers import Statistics
 from ultramem.model.packing import document_positions
 from ultramem.training.callbacks import is_due
-from ultramem.training.checkpoints import complete_steps
 from ultramem.training.config import RunConfig
-from ultramem.training.data_parallel import DataParallel, clip_gradients_
+from ultramem.training.data_parallel import DataParallel, clip_gradients_, running_statistics
 from ultramem.training.memory_metrics import build_meters
+from ultramem.training.nonfinite import StepGuard
 from ultramem.training.optim import build_optimizer, group_settings
 from ultramem.training.row_adamw import RowAdamW
 from ultramem.training.schedule import build_schedules
@@ -73,6 +71,8 @@ class UltraMemTrainModule(TrainModule):
         self.memory_meters = build_meters(num_slots)
         self.learning_rates: dict[str, float] = {}
         self.batch_loss = torch.zeros(())
+        self.guard = StepGuard(config, self.parallel)
+        self._statistics_before: list[Tensor] = []
 
     @property
     def eval_batch_spec(self) -> EvalBatchSpec:
@@ -90,6 +90,8 @@ class UltraMemTrainModule(TrainModule):
         if dry_run:
             return
         self.model.train()
+        if self.guard.skips:
+            self._statistics_before = [buffer.clone() for buffer in running_statistics(self.model)]
         # A generator state that is a function of the step alone makes dropout independent of where the run was
         # resumed and of what else drew random numbers: OLMo-core restores the state and then starts a torch
         # DataLoader, which draws from it.
@@ -111,6 +113,9 @@ class UltraMemTrainModule(TrainModule):
         if isinstance(self.optim, RowAdamW):
             self.parallel.average_rows(self.optim.coalesce())
         self.batch_loss = self.parallel.mean(torch.stack(list(totals.values())).sum())
+        # A trainer ends a run whose metrics hold such a loss.
+        if self.guard.skips and not self.guard.is_finite(self.batch_loss):
+            return
         self.record_ce_loss(totals.pop("cross_entropy"), ReduceType.mean)
         for name, value in totals.items():
             self.record_metric(name, value, ReduceType.mean, namespace="train")
@@ -155,11 +160,13 @@ class UltraMemTrainModule(TrainModule):
     def optim_step(self) -> None:
         """Clips tables and the rest apart, sets the learning rates, steps, and refreshes the memories' search.
 
+        A step whose loss or gradient norm is NaN or infinite changes no weight and no moment.
+
         Raises:
-            TrainingError: the loss or a gradient norm is NaN or infinite; no weight was changed.
+            TrainingError: there was such a step, and the config says to stop there.
         """
         limits = {"dense": self.config.optimizer.max_grad_norm, "tables": self.config.optimizer.table_max_grad_norm}
-        measured = {"loss": self.batch_loss}
+        norms: dict[str, Tensor] = {}
         for name, limit in limits.items():
             # Keys are dense parameters with a rate of their own.
             clipped = [
@@ -171,38 +178,29 @@ class UltraMemTrainModule(TrainModule):
             if clipped:
                 max_norm = limit if limit is not None else float("inf")
                 if name == "tables" and isinstance(self.optim, RowAdamW):
-                    norm = self.optim.clip_rows_(max_norm)
+                    norms[f"{name} grad norm"] = self.optim.clip_rows_(max_norm)
                 else:
-                    norm = clip_gradients_(clipped, max_norm)
-                measured[f"{name} grad norm"] = norm
-                self.record_metric(f"{name} grad norm", norm, namespace="optim")
+                    norms[f"{name} grad norm"] = clip_gradients_(clipped, max_norm)
         for group in self.optim.param_groups:
             name = group["name"]
             self.learning_rates[name] = float(self.schedules[name].set_lr(group, self.trainer))
             self.record_metric(f"{name} learning rate", self.learning_rates[name], namespace="optim")
-        self._check_finite(measured)
+        if not self.guard.allows({"loss": self.batch_loss, **norms}, self.trainer):
+            self._skip_step()
+            return
+        for name, norm in norms.items():
+            self.record_metric(name, norm, namespace="optim")
         self.optim.step()
         if hasattr(self.model, "refresh_retrieval"):
             self.model.refresh_retrieval()
 
-    def _check_finite(self, measured: dict[str, Tensor]) -> None:
-        # Waiting for the device once a step is the price of weights, and so checkpoints, that are never spoilt.
-        with cuda_sync_debug_mode(0):
-            values = torch.stack([value.detach().float() for value in measured.values()]).tolist()
-        if all(map(math.isfinite, values)):
-            return
-        found = ", ".join(f"{name} {value:g}" for name, value in zip(measured, values, strict=True))
-        steps = complete_steps(self.config.save_folder)
-        kept = (
-            f"the last complete checkpoint is '{self.config.save_folder / f'step{steps[-1]}'}', and the same command "
-            "resumes from it; remove that folder to resume from an earlier one"
-            if steps
-            else f"no checkpoint is complete yet in '{self.config.save_folder}', and the same command starts again"
-        )
-        raise TrainingError(
-            f"step {self.trainer.global_step} cannot be taken ({found}). Lower 'optimizer.lr' or the limits of the "
-            f"grad norms, or lengthen the warmup: {kept}"
-        )
+    def _skip_step(self) -> None:
+        """Undoes what forward passes have left behind; gradients go when the trainer drops them."""
+        for buffer, before in zip(running_statistics(self.model), self._statistics_before, strict=True):
+            buffer.copy_(before)
+        # What they have measured may not be finite either.
+        for meter in self.memory_meters:
+            meter.reset()
 
     def zero_grads(self) -> None:
         """Drops all gradients."""

@@ -45,7 +45,7 @@ def build_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: Da
 
 
 def measure_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: DataManifest) -> PerplexityResult:
-    """Loss on a data folder's validation split, on at most ``validation.tokens`` of it."""
+    """Loss on a data folder's validation split, on at most ``validation.tokens`` of it; several processes share it."""
     split = split_of(manifest, _SPLIT)
     return evaluate_perplexity(
         model,
@@ -57,6 +57,7 @@ def measure_validation(model: UltraMemForCausalLM, config: RunConfig, manifest: 
         dtype=_arithmetic(config),
         max_tokens=config.validation.tokens,
         document_end=manifest.eos_token_id if config.data.mask_documents else None,
+        share_batches=True,
     )
 
 
