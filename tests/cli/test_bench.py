@@ -2,17 +2,21 @@
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import pytest
+import torch
 
 from ultramem.benchmarks import report
+from ultramem.benchmarks.cases import Case
+from ultramem.benchmarks.measure import Timing
+from ultramem.benchmarks.twins import ModelCost
 from ultramem.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(report, "peak_read_bandwidth", partial(report.peak_read_bandwidth, buffer_bytes=2**16))
     monkeypatch.setattr(report, "run_benchmark", partial(report.run_benchmark, bandwidth_buffer_bytes=2**16))
 
 
@@ -24,30 +28,76 @@ def run(invoke, *arguments):
     return result
 
 
-TINY = {
-    "op": ("--rows", 300, "--width", 8, "--top-k", 4, "--tokens", 6, "--growth-rows", "64,128", "--no-compile"),
-    "layer": (
-        *("--hidden-size", 16, "--num-keys", 40, "--tokens", 4, "--product-keys", 40, "--product-tokens", 4),
-        "--no-compile",
+VERBS = {
+    "op": (
+        "operators.run_operators",
+        ("--rows", 300, "--width", 8, "--top-k", 4, "--tokens", 6, "--growth-rows", "64,128", "--no-compile"),
+        {"num_rows": 300, "width": 8, "top_k": 4, "num_tokens": 6, "growth_rows": (64, 128)},
     ),
-    "decode": ("--family", "tiny", "--layers", 2, "--batch-sizes", "1, 2", "--kv-length", 4),
-    "train": ("--sequences", 2, "--length", 8),
+    "layer": (
+        "memory_layers.run_layers",
+        ("--hidden-size", 16, "--num-keys", 40, "--tokens", 4, "--product-keys", 30, "--product-tokens", 5),
+        {"hidden_size": 16, "num_keys": 40, "num_tokens": 4, "product_keys": 30, "product_tokens": 5},
+    ),
+    "decode": (
+        "decoding.run_decoding",
+        ("--family", "tiny", "--layers", 2, "--batch-sizes", "1, 3", "--kv-length", 4),
+        {"family": "tiny", "num_layers": 2, "batch_sizes": (1, 3), "kv_length_tokens": 4},
+    ),
+    "train": (
+        "training_step.run_training",
+        ("--sequences", 2, "--length", 8, "--fp32"),
+        {"num_sequences": 2, "sequence_length_tokens": 8, "bf16": False},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_benchmark_prints_a_table_and_writes_json(name, invoke, tmp_path):
+@pytest.fixture
+def measured():
+    """Made-up cases in place of measurements; returns the sizes and runs that were asked for."""
+    asked = []
+
+    def stand_in(sizes, num_runs, *others):
+        asked.append((sizes, num_runs, torch.get_num_threads()))
+        others[-1]("what runs")
+        facts = {"models": [asdict(ModelCost("a model", 1000, 2000, 3000))]}
+        times = {name: Timing((seconds,) * num_runs) for name, seconds in (("ours", 0.001), ("theirs", 0.004))}
+        reason = {"a peer": "a peer is not installed: pip install 'ultramem[bench]'"}
+        return [Case("a case", "some sizes", times, reason, bytes_read=10**6, num_tokens=5, facts=facts)]
+
+    return asked, stand_in
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_benchmark_prints_a_table_and_writes_json(name, invoke, tmp_path, measured, monkeypatch):
+    asked, stand_in = measured
+    function, options, sizes = VERBS[name]
+    monkeypatch.setattr(f"ultramem.benchmarks.{function}", stand_in)
     file = tmp_path / "numbers.json"
-    result = run(invoke, "bench", name, *TINY[name], "--runs", 7, "--threads", 1, "--json", file)
-    assert "threads: 1 on" in result.output
-    assert "peak read bandwidth" in result.output
-    assert "median of 7 runs" in result.output
+    result = run(invoke, "bench", name, *options, "--runs", 8, "--threads", 1, "--json", file)
+    ((given, runs, threads),) = asked
+    assert {field: getattr(given, field) for field in sizes} == sizes
+    assert (runs, threads) == (8, 1)
+    flat = " ".join(result.output.split())
+    for expected in (
+        "threads: 1 on",
+        "peak read bandwidth",
+        "median of 8 runs",
+        "a case: some sizes",
+        "1.00 – 1.00",
+        "4.00",
+        "5,000",
+        "a model 1,000 2,000 3,000",
+        "a peer: a peer is not installed: pip install 'ultramem[bench]'",
+    ):
+        assert expected in flat
     numbers = json.loads(file.read_text())
     assert numbers["benchmark"] == name
-    for case in numbers["cases"]:
-        assert case["case"] in result.output
-        assert case["competitors"]
-        assert all(len(timing["seconds"]) == 7 for timing in case["competitors"].values())
+    (case,) = numbers["cases"]
+    assert case["competitors"]["theirs"]["median_s"] == 0.004
+    assert len(case["competitors"]["theirs"]["seconds"]) == 8
+    assert case["competitors"]["ours"]["bytes_per_s"] == pytest.approx(1e9)
+    assert case["unavailable"] == {"a peer": "a peer is not installed: pip install 'ultramem[bench]'"}
     assert all(target["met"] is None for target in numbers["targets"])
 
 
