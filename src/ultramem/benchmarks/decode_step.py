@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 
 from ultramem.benchmarks.measure import available_bytes
 
@@ -14,14 +15,25 @@ from ultramem.benchmarks.measure import available_bytes
 CACHE_SHARE = 0.6
 
 
-def make_cache(model: PreTrainedModel) -> Cache:
-    """An empty cache: for our models that of our decode path, for others the one that transformers takes by itself."""
-    return DynamicCache(config=model.config)
+def make_cache(model: PreTrainedModel, batch_size: int, num_tokens: int) -> Cache:
+    """An empty cache: the one that greedy ``generate`` of this model makes by itself.
+
+    Args:
+        model: a causal language model, ours or one of transformers.
+        batch_size: B.
+        num_tokens: that will be in it.
+    """
+    made: dict[str, Any] = {}
+    settings = model.generation_config
+    model._prepare_cache_for_generation(settings, made, GenerationMode.GREEDY_SEARCH, batch_size, num_tokens)
+    cache: Cache = made["past_key_values"]
+    return cache
 
 
 def fill_cache(model: PreTrainedModel, batch_size: int, kv_length_tokens: int) -> Cache:
     """A cache with random keys and values of so many tokens for each sequence."""
-    cache, config = make_cache(model), model.config
+    # And the token that a step appends.
+    cache, config = make_cache(model, batch_size, kv_length_tokens + 1), model.config
     weight = next(model.parameters())
     shape = (1, config.num_key_value_heads, kv_length_tokens, config.hidden_size // config.num_attention_heads)
     with torch.inference_mode():
