@@ -13,11 +13,12 @@ from ultramem.benchmarks import memory_layers, training_step
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.decoding import DecodeSizes, run_decoding
 from ultramem.benchmarks.memory_layers import LayerSizes, run_layers
-from ultramem.benchmarks.operators import EMBEDDING_BAG, FUSED, OperatorSizes, run_operators
+from ultramem.benchmarks.operators import EMBEDDING_BAG, OperatorSizes, run_operators
 from ultramem.benchmarks.report import print_report, run_benchmark
 from ultramem.benchmarks.targets import (
     DENSE,
     DENSE_GRADIENTS,
+    FUSED,
     MOE,
     OLMO2,
     OLMOE,

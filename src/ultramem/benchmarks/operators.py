@@ -12,7 +12,7 @@ from torch import Tensor
 from ultramem.benchmarks.cases import Builders, Case, measure_case
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.measure import Competitor, Tick, huge_page_tensor
-from ultramem.benchmarks.targets import OURS, PLAIN, REFERENCE
+from ultramem.benchmarks.targets import FUSED, OURS, PLAIN, REFERENCE
 from ultramem.ops import (
     RowContribution,
     RowGradients,
@@ -27,7 +27,6 @@ from ultramem.ops import (
 )
 from ultramem.ops.pooled_read import pooled_read
 
-FUSED = "cpu kernels, fused read"
 COMPILED = "torch.compile of plain PyTorch"
 EMBEDDING_BAG = "F.embedding_bag"
 BACKENDS = {OURS: "cpu", REFERENCE: "reference"}
