@@ -23,3 +23,7 @@ class TrainingError(UltraMemError):
 
 class BackendError(UltraMemError):
     """Kernels that were asked for by name cannot run here."""
+
+
+class PeerError(UltraMemError):
+    """Another project's package that a benchmark compares with is not installed, or does not load."""

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 import ultramem
-from ultramem.cli import evaluate, generate, info, parity, plot, train
+from ultramem.cli import evaluate, generate, info, parity, plot, reproduce, train
+from ultramem.cli.bench import bench_app
 from ultramem.cli.data import data_app
 from ultramem.errors import UltraMemError
 
@@ -28,12 +29,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench", no_args_is_help=True)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("parity")(parity.parity)
+app.command("reproduce")(reproduce.reproduce)
 
 
 def _print_version(wanted: bool) -> None:

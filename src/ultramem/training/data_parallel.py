@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ultramem.layers.retrieval import AdditiveRetrieval
+from ultramem.layers.additive_retrieval import AdditiveRetrieval
 from ultramem.model.block import UltraMemDecoderLayer
 from ultramem.ops import scatter
 from ultramem.training.config import Parallel, TableGradients

@@ -1,0 +1,1 @@
+"""Speed measured beside real peers, and the papers' figures drawn from measurements on the device at hand."""

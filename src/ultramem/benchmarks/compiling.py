@@ -1,0 +1,31 @@
+"""`torch.compile` as a competitor."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from ultramem.errors import BackendError
+
+T = TypeVar("T")
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """A function compiled for the shapes of its first call, which says in a BackendError why it cannot be.
+
+    Raises:
+        BackendError: from the first call, with the compiler's first line.
+    """
+    compiled_function = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> T:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return compiled_function(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise BackendError(f"torch.compile cannot compile this here: {first_line}") from error
+
+    return call

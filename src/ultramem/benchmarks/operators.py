@@ -1,0 +1,269 @@
+"""`ultramem bench op`: the operators that touch tables, and the search, on every way to run them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultramem.benchmarks.cases import Builders, Case, measure_case
+from ultramem.benchmarks.compiling import compiled
+from ultramem.benchmarks.measure import Competitor, Tick, huge_page_tensor
+from ultramem.benchmarks.targets import FUSED, OURS, PLAIN, REFERENCE
+from ultramem.ops import (
+    RowContribution,
+    RowGradients,
+    bag,
+    bag_reference,
+    gather_dot,
+    gather_dot_reference,
+    product_topk,
+    product_topk_reference,
+    scatter,
+    use_backend,
+)
+from ultramem.ops.pooled_read import pooled_read
+
+COMPILED = "torch.compile of plain PyTorch"
+EMBEDDING_BAG = "F.embedding_bag"
+BACKENDS = {OURS: "cpu", REFERENCE: "reference"}
+# One token takes microseconds: so many are timed at once.
+SINGLE_TOKEN_CALLS = 200
+MOST_SHUFFLED_ROWS = 2**22
+
+
+@dataclass(frozen=True)
+class OperatorSizes:
+    """Sizes of the cases; the defaults are those of the project's targets.
+
+    Attributes:
+        num_rows: R of the lookups.
+        width: V = U.
+        top_k: k.
+        num_tokens: N.
+        scatter_rows: rows of the dense gradient.
+        num_keys: S of the search, whose grid has S² slots; with r = h = 2 and one head.
+        growth_rows: the two table sizes that are compared.
+        growth_width: V = U of that comparison.
+    """
+
+    num_rows: int = 1_300_000
+    width: int = 192
+    top_k: int = 32
+    num_tokens: int = 2048
+    scatter_rows: int = 2**18
+    num_keys: int = 512
+    growth_rows: tuple[int, int] = (2**20, 2**24)
+    growth_width: int = 32
+
+
+def run_operators(
+    sizes: OperatorSizes, num_runs: int, use_compile: bool = True, tick: Tick | None = None
+) -> list[Case]:
+    """Measure all cases.
+
+    Args:
+        sizes: of the cases.
+        num_runs: runs that count.
+        use_compile: measure `torch.compile` too.
+        tick: called after each run with what was run.
+    """
+    at_target = sizes == OperatorSizes()
+    measure = partial(measure_case, num_runs=num_runs, tick=tick, at_target_sizes=at_target)
+    values, pre_values = (huge_page_tensor(sizes.num_rows, sizes.width).normal_(std=0.1) for _ in range(2))
+    cases = []
+    for num_tokens, num_calls in ((sizes.num_tokens, 1), (1, SINGLE_TOKEN_CALLS)):
+        draws = _Draws(sizes.num_rows, num_tokens, sizes.top_k, sizes.width, num_calls)
+        name = f"lookup, {num_tokens:,} token{'s' if num_tokens > 1 else ''}"
+        words = (
+            f"gather_dot + bag: {num_tokens:,} × {sizes.top_k} of {sizes.num_rows:,} rows × "
+            f"({sizes.width} + {sizes.width}), fp32"
+        )
+        builders = _lookups(draws, values, pre_values, use_compile)
+        row_bytes = 2 * sizes.width * values.element_size()
+        cases.append(measure(name, words, builders, bytes_read=num_tokens * sizes.top_k * row_bytes))
+    draws = _Draws(sizes.num_rows, sizes.num_tokens, sizes.top_k, sizes.width)
+    words = f"{sizes.num_tokens:,} × {sizes.top_k} of {sizes.num_rows:,} rows × {sizes.width}, fp32"
+    bag_bytes = sizes.num_tokens * sizes.top_k * sizes.width * values.element_size()
+    cases.append(measure("bag", words, _bags(draws, values, use_compile), bytes_read=bag_bytes))
+    del values, pre_values
+    words = f"{sizes.num_tokens:,} × {sizes.top_k} of {sizes.scatter_rows:,} rows × {sizes.width}, fp32; dense result"
+    cases.append(measure("scatter", words, _scatters(sizes)))
+    words = f"{sizes.num_tokens:,} × {sizes.top_k} of {sizes.num_rows:,} rows × {sizes.width}, fp32; touched rows"
+    cases.append(measure("scatter, rows", words, _row_sums(sizes)))
+    words = f"{sizes.num_tokens:,} tokens, S = {sizes.num_keys}, k = m = {sizes.top_k}, r = h = 2, fp32"
+    cases.append(measure("product_topk", words, _searches(sizes, use_compile)))
+    width = sizes.growth_width
+    words = (
+        f"gather_dot + bag: {sizes.num_tokens:,} × {sizes.top_k} rows × ({width} + {width}), fp32, more and more rows"
+    )
+    cases.append(measure("growth", words, _growths(sizes)))
+    return cases
+
+
+class _Draws:
+    """Fresh inputs for each run: rows that do not repeat, so that what is read is known, and normal vectors."""
+
+    def __init__(self, num_rows: int, num_tokens: int, top_k: int, width: int, num_calls: int = 1) -> None:
+        self.num_rows, self.shape, self.num_calls = num_rows, (num_tokens, top_k), num_calls
+        # A few hundred megabytes of rows would lie in a large cache if every run read the same ones; vectors may stay.
+        self.x_NV, self.scores_NK = torch.randn(num_tokens, width), torch.randn(num_tokens, top_k)
+
+    def indices(self) -> list[Tensor]:
+        """One [N, K] int64 per call."""
+        num_tokens, top_k = self.shape
+        needed = self.num_calls * num_tokens * top_k
+        # Shuffling many millions of numbers takes longer than the run; among so many, repeats are rare.
+        distinct = needed <= self.num_rows <= MOST_SHUFFLED_ROWS
+        rows = torch.randperm(self.num_rows)[:needed] if distinct else torch.randint(self.num_rows, (needed,))
+        return list(rows.view(self.num_calls, num_tokens, top_k))
+
+    def competitor(self, read: Callable[[Tensor, Tensor, Tensor], Tensor], backend: str | None = None) -> Competitor:
+        """Time a function of (indices, x, scores), on a backend."""
+
+        def prepare() -> Callable[[], object]:
+            indices, x, scores = self.indices(), self.x_NV, self.scores_NK
+
+            def timed() -> None:
+                with torch.no_grad():
+                    if backend is None:
+                        for idx_NK in indices:
+                            read(idx_NK, x, scores)
+                    else:
+                        with use_backend(backend):
+                            for idx_NK in indices:
+                                read(idx_NK, x, scores)
+
+            return timed
+
+        prepare()()
+        return Competitor(prepare, self.num_calls)
+
+
+def _plain_lookup(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor, values: Tensor, pre_values: Tensor) -> Tensor:
+    weights_NK1 = scores_NK[..., None] * gather_dot_reference(idx_NK, x_NV, pre_values)
+    return bag_reference(idx_NK, weights_NK1, values)
+
+
+def _lookups(draws: _Draws, values: Tensor, pre_values: Tensor, use_compile: bool) -> Builders:
+    def lookup(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        return bag(idx_NK, scores_NK * gather_dot(idx_NK, x_NV, pre_values), values)
+
+    def fused(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        return pooled_read(idx_NK, scores_NK, values, x_NV, pre_values)
+
+    def plain(lookup: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda idx_NK, x_NV, scores_NK: lookup(idx_NK, x_NV, scores_NK, values, pre_values)
+
+    builders: dict[str, Callable[[], Competitor]] = {
+        OURS: lambda: draws.competitor(lookup, "cpu"),
+        FUSED: lambda: draws.competitor(fused, "cpu"),
+        REFERENCE: lambda: draws.competitor(lookup, "reference"),
+        PLAIN: lambda: draws.competitor(plain(_plain_lookup)),
+    }
+    if use_compile:
+        builders[COMPILED] = lambda: draws.competitor(plain(compiled(_plain_lookup)))
+    return builders
+
+
+def _bags(draws: _Draws, values: Tensor, use_compile: bool) -> Builders:
+    def pool(idx_NK: Tensor, _: Tensor, scores_NK: Tensor) -> Tensor:
+        return bag(idx_NK, scores_NK, values)
+
+    def plain(pool: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda idx_NK, x_NV, scores_NK: pool(idx_NK, scores_NK[..., None], values)
+
+    def embedding_bag(idx_NK: Tensor, _: Tensor, scores_NK: Tensor) -> Tensor:
+        return F.embedding_bag(idx_NK, values, per_sample_weights=scores_NK, mode="sum")
+
+    builders: dict[str, Callable[[], Competitor]] = {
+        OURS: lambda: draws.competitor(pool, "cpu"),
+        EMBEDDING_BAG: lambda: draws.competitor(embedding_bag),
+        PLAIN: lambda: draws.competitor(plain(bag_reference)),
+    }
+    if use_compile:
+        builders[COMPILED] = lambda: draws.competitor(plain(compiled(bag_reference)))
+    return builders
+
+
+def _scatters(sizes: OperatorSizes) -> Builders:
+    draws = _Draws(sizes.scatter_rows, sizes.num_tokens, sizes.top_k, sizes.width)
+
+    def ours(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        return scatter(idx_NK, scores_NK, x_NV, sizes.scatter_rows)
+
+    def index_add(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        rows = scores_NK[..., None] * x_NV[:, None]
+        return x_NV.new_zeros(sizes.scatter_rows, sizes.width).index_add_(0, idx_NK.flatten(), rows.flatten(0, 1))
+
+    return {
+        OURS: lambda: draws.competitor(ours, "cpu"),
+        REFERENCE: lambda: draws.competitor(ours, "reference"),
+        "index_add_": lambda: draws.competitor(index_add),
+    }
+
+
+def _row_sums(sizes: OperatorSizes) -> Builders:
+    draws = _Draws(sizes.num_rows, sizes.num_tokens, sizes.top_k, sizes.width)
+
+    def ours(backend: str, idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        collector = RowGradients(sizes.num_rows, sizes.width)
+        collector.add(RowContribution(idx_NK, scores_NK[..., None], x_NV, None, 1, backend))
+        return collector.coalesce()[1]
+
+    def sparse(idx_NK: Tensor, x_NV: Tensor, scores_NK: Tensor) -> Tensor:
+        rows = (scores_NK[..., None] * x_NV[:, None]).flatten(0, 1)
+        size = (sizes.num_rows, sizes.width)
+        return torch.sparse_coo_tensor(idx_NK.reshape(1, -1), rows, size, check_invariants=False).coalesce()
+
+    return {
+        OURS: lambda: draws.competitor(partial(ours, "cpu")),
+        REFERENCE: lambda: draws.competitor(partial(ours, "reference")),
+        "sparse_coo_tensor.coalesce": lambda: draws.competitor(sparse),
+    }
+
+
+def _searches(sizes: OperatorSizes, use_compile: bool) -> Builders:
+    shape = (sizes.num_tokens, 1, sizes.num_keys, 2)
+    cores = torch.rand(2, 1, 2, 2)
+    u, _, vh = torch.linalg.svd(cores.sum(0))
+    directions = (u[..., :, 0].contiguous(), vh[..., 0, :].contiguous())
+
+    def competitor(search: Callable[[Tensor, Tensor], object], backend: str) -> Competitor:
+        def prepare() -> Callable[[], object]:
+            scores = torch.randn(shape), torch.randn(shape)
+
+            def timed() -> None:
+                with torch.no_grad(), use_backend(backend):
+                    search(*scores)
+
+            return timed
+
+        prepare()()
+        return Competitor(prepare)
+
+    def ours(row_scores: Tensor, col_scores: Tensor) -> object:
+        return product_topk(row_scores, col_scores, cores, *directions, top_k=sizes.top_k)
+
+    def plain(search: Callable[..., Any]) -> Callable[[Tensor, Tensor], object]:
+        return lambda row, col: search(row, col, cores, *directions, sizes.top_k, sizes.top_k)
+
+    builders = {
+        OURS: lambda: competitor(ours, "cpu"),
+        REFERENCE: lambda: competitor(ours, "reference"),
+    }
+    if use_compile:
+        builders[COMPILED] = lambda: competitor(plain(compiled(product_topk_reference)), "reference")
+    return builders
+
+
+def _growths(sizes: OperatorSizes) -> Builders:
+    def build(num_rows: int) -> Competitor:
+        values, pre_values = (huge_page_tensor(num_rows, sizes.growth_width) for _ in range(2))
+        draws = _Draws(num_rows, sizes.num_tokens, sizes.top_k, sizes.growth_width)
+        return _lookups(draws, values, pre_values, use_compile=False)[OURS]()
+
+    return {f"{num_rows:,} rows": partial(build, num_rows) for num_rows in sizes.growth_rows}
