@@ -227,6 +227,20 @@ def test_gradient_checkpointing_changes_no_gradient(settings):
         assert_close(checkpointed, plain)
 
 
+def test_gradient_checkpointing_advances_running_statistics_once():
+    statistics = {}
+    for checkpointing in (False, True):
+        model = decoder(memory={"type": "pkm", "num_keys": 8, "key_dim": 8, "top_k": 4, "query_norm": "batch"}).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        input_ids = token_ids(2, 6)
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        retrieval = model.model.layers[0].memories[0].retrieval
+        statistics[checkpointing] = retrieval.query_mean, retrieval.query_variance
+        assert statistics[checkpointing][0].abs().max() > 0
+    torch.testing.assert_close(statistics[True], statistics[False], rtol=0, atol=0)
+
+
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ConfigError, match="use_reentrant=True loses gradients of the memories; leave it out or set it"):
         decoder().gradient_checkpointing_enable({"use_reentrant": True})

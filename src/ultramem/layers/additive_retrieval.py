@@ -22,6 +22,11 @@ from ultramem.ops.precision import accumulation_dtype, without_autocast
 _BATCH_MOMENTUM = 0.1
 
 
+def _runs_again() -> bool:
+    """Whether this is the forward pass that gradient checkpointing repeats inside backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class AdditiveRetrieval(Retrieval):
     """Product keys with additive scores, a query and keys for each head (Lample et al., arXiv 1907.05242).
 
@@ -137,7 +142,7 @@ class AdditiveRetrieval(Retrieval):
         # Fewer than two tokens have no statistics.
         if (self.training or simulated) and query_NQ.shape[0] > 1:
             batch_variance, batch_mean = torch.var_mean(query_NQ, dim=0, correction=0)
-            if not simulated:
+            if not simulated and not _runs_again():
                 for running, batch in ((mean, batch_mean), (variance, batch_variance)):
                     running.lerp_(batch.detach().to(running.dtype), _BATCH_MOMENTUM)
             mean, variance = batch_mean, batch_variance
