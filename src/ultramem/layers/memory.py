@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.retrieval import AdditiveRetrieval, Retrieved, TuckerRetrieval
 from ultramem.layers.table import MemoryPool, RingWindow, window_side
 
@@ -303,7 +304,7 @@ class MemoryLayer(nn.Module):
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """From the pooled values to the output [N, D]."""
-        return pooled if self.out_proj is None else self.out_proj(pooled.to(self.out_proj.weight.dtype))
+        return pooled if self.out_proj is None else apply_linear(self.out_proj, pooled.to(x_ND.dtype))
 
     def losses(self, retrieved: Retrieved) -> dict[str, Tensor]:
         """Weighted auxiliary losses."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultramem.layers.derived import Derived
+from ultramem.layers.plain import apply_linear
 from ultramem.ops import Search, coarse_candidates, contract_keys, contract_sides, fine_scores, key_search, product_topk
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
@@ -177,7 +178,7 @@ class AdditiveRetrieval(_Retrieval):
 
     def forward(self, x_ND: Tensor) -> Retrieved:
         """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
-        return self._search(self.query_proj(x_ND), simulated=False)
+        return self._search(apply_linear(self.query_proj, x_ND), simulated=False)
 
     @without_autocast
     def _search(self, query_NQ: Tensor, simulated: bool) -> Retrieved:
@@ -348,7 +349,7 @@ class TuckerRetrieval(_Retrieval):
         return id(self.cores), self.cores._version
 
     def _retrieve(self, x_ND: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
-        query = self.query_proj(x_ND).view(-1, 2, self.num_queries, self.key_dim)
+        query = apply_linear(self.query_proj, x_ND).view(-1, 2, self.num_queries, self.key_dim)
         return self._search(query, query_gain, key_gain)
 
     @without_autocast

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultramem.errors import ConfigError
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.tucker_memory import TuckerMemory, TuckerMemoryConfig
 
 
@@ -115,8 +116,7 @@ class UltraMemV2(TuckerMemory):
     def pre_input(self, x_ND: Tensor) -> Tensor:
         """W_pre x."""
         assert self.pre_proj is not None, "the pool has pre-values but the layer does not"
-        inputs_NU: Tensor = self.pre_proj(x_ND)
-        return inputs_NU
+        return apply_linear(self.pre_proj, x_ND)
 
     def activate(self, pre_NK: Tensor) -> Tensor:
         """The pre-value products, linear or through GELU."""

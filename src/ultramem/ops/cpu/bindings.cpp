@@ -9,5 +9,10 @@ TORCH_LIBRARY(ultramem_cpu, m) {
   m.def("bag", &ultramem::bag);
   m.def("pooled_read", &ultramem::pooled_read);
   m.def("set_ahead", &ultramem::set_ahead);
+  m.def("rms_norm", &ultramem::rms_norm);
+  m.def("linear", &ultramem::linear);
+  m.def("add_attention", &ultramem::add_attention);
+  m.def("add_gated_ffn", &ultramem::add_gated_ffn);
+  m.def("add_experts", &ultramem::add_experts);
   m.def("advise_huge_pages", &ultramem::advise_huge_pages);
 }
