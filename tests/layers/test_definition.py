@@ -5,7 +5,7 @@ import torch
 
 from memory_types import memory_type
 from naive_memories import naive_fine_scores
-from naive_operators import naive_product_topk
+from naive_operators import naive_bag, naive_product_topk
 from tiny_memories import HIDDEN_SIZE, VARIANTS, memory_layer, tokens
 from tolerances import assert_close
 from ultramem.layers import MemoryPool
@@ -181,20 +181,17 @@ def test_autocast_keeps_the_products_in_the_tables_precision(monkeypatch):
     """The projections round to bf16; dot products with the pre-values and the weights made of them do not."""
     layer, pool = memory_layer(dtype=torch.float32)
     x = tokens(6, dtype=torch.float32)
-    pooled = []
-    plain = pool.pool_values
-    monkeypatch.setattr(
-        pool, "pool_values", lambda rows, w, *rest: (pooled.append((rows, w)), plain(rows, w, *rest))[1]
-    )
+    read, plain = [], pool.read
+    monkeypatch.setattr(pool, "read", lambda rows, *rest: (read.append((rows, plain(rows, *rest))), read[0][1])[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = layer.retrieval(x).scores_NHKC.flatten(1, 2)
         projected = layer.pre_proj(x)
         layer(x, pool)
-    ((rows, w),) = pooled
+    ((rows, pooled),) = read
     assert projected.dtype == torch.bfloat16
     pre = torch.einsum("nku,nu->nk", pool.pre_values[rows].double(), projected.double())
-    assert_close(w, scores * pre[..., None])
-    assert w.dtype == torch.float32
+    assert_close(pooled, naive_bag(rows, scores * pre[..., None], pool.values.double()), torch.float32)
+    assert pooled.dtype == torch.float32
 
 
 def test_a_type_without_its_file_is_named():

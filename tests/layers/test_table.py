@@ -72,25 +72,29 @@ def test_a_pool_draws_its_rows_with_the_given_standard_deviation():
     assert MemoryPool(4, 3).pre_values is None
 
 
-def test_a_pool_pools_and_dots_with_the_operators():
+def test_a_pool_reads_with_the_operators():
     pool = MemoryPool(9, 6, 4, std=1.0).double()
-    rows, w = torch.randint(9, (5, 3)), torch.randn(5, 3, 2, dtype=torch.float64)
+    rows, scores = torch.randint(9, (5, 3)), torch.randn(5, 3, 2, dtype=torch.float64)
     block, x = torch.randint(4, (5, 3)), torch.randn(5, 4, dtype=torch.float64)
-    assert_close(pool.pool_values(rows, w, block, 4), bag(rows, w, pool.values, block_NK=block, num_blocks=4))
-    assert_close(pool.dot_pre_values(rows, x), gather_dot(rows, x, pool.pre_values))
+    weights = scores * gather_dot(rows, x, pool.pre_values).relu()[..., None]
+    read = pool.read(rows, scores, x, "relu", block, 4)
+    assert_close(read, bag(rows, weights, pool.values, block_NK=block, num_blocks=4))
+    pool.pre_values = None
+    assert_close(pool.read(rows, scores), bag(rows, scores, pool.values))
 
 
 def test_the_mode_of_table_gradients_can_be_switched():
     pool = MemoryPool(9, 6, 4, std=1.0, table_gradients="rows")
+    assert pool.pre_value_gradients.width == 4
+    pool = MemoryPool(9, 6, std=1.0, table_gradients="rows")
     rows, w = torch.tensor([[2, 2, 5]]), torch.ones(1, 3)
-    pool.pool_values(rows, w).sum().backward()
+    pool.read(rows, w).sum().backward()
     assert pool.values.grad is None
     assert pool.value_gradients.coalesce()[0].tolist() == [2, 5]
     assert (pool.value_gradients.num_rows, pool.value_gradients.width) == (9, 6)
-    assert pool.pre_value_gradients.width == 4
     pool.set_table_gradients("dense")
     assert pool.value_gradients is pool.pre_value_gradients is None
-    pool.pool_values(rows, w).sum().backward()
+    pool.read(rows, w).sum().backward()
     assert pool.values.grad[2].tolist() == [2.0] * 6
 
 
@@ -101,5 +105,5 @@ def test_an_unknown_mode_of_table_gradients_is_refused():
 
 def test_casting_or_moving_a_pool_keeps_its_collectors():
     pool = MemoryPool(9, 6, std=1.0, table_gradients="rows").bfloat16()
-    pool.pool_values(torch.tensor([[2]]), torch.ones(1, 1)).sum().backward()
+    pool.read(torch.tensor([[2]]), torch.ones(1, 1)).sum().backward()
     assert pool.value_gradients.coalesce()[0].tolist() == [2]

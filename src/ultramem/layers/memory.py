@@ -14,6 +14,7 @@ from ultramem.errors import ConfigError
 from ultramem.layers.plain import apply_linear
 from ultramem.layers.retrieval import AdditiveRetrieval, Retrieved, TuckerRetrieval
 from ultramem.layers.table import MemoryPool, RingWindow, window_side
+from ultramem.ops import Activation
 
 # A share written as 0.333 for 1/3 is a little less than a layer's own; the published formula floors it to a window.
 _SHARE_ROUNDING = 2e-3
@@ -267,10 +268,8 @@ class MemoryLayer(nn.Module):
         virtual_NK = self.virtual_slots(retrieved.slots_NHK.flatten(1))
         rows_NK = self.window.physical_rows(virtual_NK)
         weights_NKC = self.slot_weights(retrieved.scores_NHKC).flatten(1, 2)
-        if pool.pre_values is not None:
-            inputs_NU = self.pre_input(x_ND).to(pool.values.dtype)
-            weights_NKC = weights_NKC * self.activate(pool.dot_pre_values(rows_NK, inputs_NU))[..., None]
-        pooled = self.pool_rows(pool, virtual_NK, rows_NK, weights_NKC)
+        pre_inputs_NU = None if pool.pre_values is None else self.pre_input(x_ND)
+        pooled = self.pool_rows(pool, virtual_NK, rows_NK, weights_NKC, pre_inputs_NU)
         y_ND = self.project(x_ND, pooled)
         statistics = {}
         if return_statistics:
@@ -294,13 +293,16 @@ class MemoryLayer(nn.Module):
         """What is multiplied with the pre-values: [N, U]."""
         return x_ND
 
-    def activate(self, pre_NK: Tensor) -> Tensor:
-        """The activation of the pre-value products [N, K]."""
-        return pre_NK
+    @property
+    def pre_activation(self) -> Activation | None:
+        """The activation of the pre-value products."""
+        return None
 
-    def pool_rows(self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor) -> Tensor:
+    def pool_rows(
+        self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor, pre_inputs_NU: Tensor | None
+    ) -> Tensor:
         """Weighted sum of the selected values: [N, V], or [N, E·V] where blocks are kept apart."""
-        return pool.pool_values(rows_NK, weights_NKC)
+        return pool.read(rows_NK, weights_NKC, pre_inputs_NU, self.pre_activation)
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """From the pooled values to the output [N, D]."""

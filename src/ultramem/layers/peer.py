@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultramem.layers.product_keys import ProductKeyConfig, ProductKeyMemory
+from ultramem.ops import Activation
 
 
 @strict
@@ -45,6 +46,7 @@ class PEER(ProductKeyMemory):
         """Softmax over the experts of each head, or the scores as they are."""
         return super().slot_weights(scores_NHKC) if self.config.score_activation == "softmax" else scores_NHKC
 
-    def activate(self, pre_NK: Tensor) -> Tensor:
+    @property
+    def pre_activation(self) -> Activation:
         """The activation of each expert's neuron."""
-        return nn.functional.gelu(pre_NK) if self.config.activation == "gelu" else nn.functional.relu(pre_NK)
+        return self.config.activation

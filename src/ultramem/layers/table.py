@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultramem.errors import ConfigError
-from ultramem.ops import RowGradients, bag, gather_dot
+from ultramem.ops import Activation, RowGradients, bag, pooled_read
 
 TableGradients = Literal["dense", "rows"]
 
@@ -96,13 +96,47 @@ class MemoryPool(nn.Module):
         if self.pre_values is not None:
             init.normal_(self.pre_values, std=std)
 
-    def pool_values(self, rows_NK: Tensor, w: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1) -> Tensor:
-        """`ultramem.ops.bag` over the values: [N, E·V]."""
-        return bag(
-            rows_NK, w, self.values, block_NK=block_NK, num_blocks=num_blocks, row_gradients=self.value_gradients
-        )
+    def read(
+        self,
+        rows_NK: Tensor,
+        scores: Tensor,
+        x_NU: Tensor | None = None,
+        activation: Activation | None = None,
+        block_NK: Tensor | None = None,
+        num_blocks: int = 1,
+    ) -> Tensor:
+        """Pool the values of the selected rows, weighed by scores and, where there are pre-values, by these.
 
-    def dot_pre_values(self, rows_NK: Tensor, x_NU: Tensor) -> Tensor:
-        """`ultramem.ops.gather_dot` with the pre-values: [N, K]."""
-        assert self.pre_values is not None, "the layer has pre-values but its pool does not"
-        return gather_dot(rows_NK, x_NU, self.pre_values, row_gradients=self.pre_value_gradients)
+        Args:
+            rows_NK: selected rows per token.
+            scores: [N, K] or, for C cores, [N, K, C].
+            x_NU: what the pre-values are multiplied with; None for a pool without.
+            activation: of the pre-value products; None for none.
+            block_NK: the virtual block of each slot; None for one block.
+            num_blocks: E.
+
+        Returns:
+            [N, E·V] in the values' dtype (see `ultramem.ops.pooled_read`).
+        """
+        assert (x_NU is None) == (self.pre_values is None), "either the pool or the layer has pre-values, the other not"
+        if x_NU is None or self.pre_values is None:
+            return bag(
+                rows_NK,
+                scores,
+                self.values,
+                block_NK=block_NK,
+                num_blocks=num_blocks,
+                row_gradients=self.value_gradients,
+            )
+        return pooled_read(
+            rows_NK,
+            scores,
+            self.values,
+            x_NU.to(self.values.dtype),
+            self.pre_values,
+            activation=activation,
+            block_NK=block_NK,
+            num_blocks=num_blocks,
+            value_gradients=self.value_gradients,
+            pre_value_gradients=self.pre_value_gradients,
+        )

@@ -169,12 +169,15 @@ class TuckerMemory(MemoryLayer):
         """The permutation of the grid's slots."""
         return self.permutation[slots_NK].long()
 
-    def pool_rows(self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor) -> Tensor:
+    def pool_rows(
+        self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor, pre_inputs_NU: Tensor | None
+    ) -> Tensor:
         """Sums per virtual block, side by side or added."""
         if self.config.pooled_dim == self.config.value_dim:
             # Σ_b P_b: summing the blocks is pooling into one.
-            return pool.pool_values(rows_NK, weights_NKC)
-        return pool.pool_values(rows_NK, weights_NKC, virtual_NK // self.window.size, self.config.num_blocks)
+            return pool.read(rows_NK, weights_NKC, pre_inputs_NU, self.pre_activation)
+        block_NK = virtual_NK // self.window.size
+        return pool.read(rows_NK, weights_NKC, pre_inputs_NU, self.pre_activation, block_NK, self.config.num_blocks)
 
     def losses(self, retrieved: Retrieved) -> dict[str, Tensor]:
         """The Tucker penalty and the key-balance loss, where they are switched on."""

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from ultramem.errors import ConfigError
 from ultramem.layers.plain import apply_linear
 from ultramem.layers.tucker_memory import TuckerMemory, TuckerMemoryConfig
+from ultramem.ops import Activation
 
 
 @strict
@@ -118,9 +119,10 @@ class UltraMemV2(TuckerMemory):
         assert self.pre_proj is not None, "the pool has pre-values but the layer does not"
         return apply_linear(self.pre_proj, x_ND)
 
-    def activate(self, pre_NK: Tensor) -> Tensor:
-        """The pre-value products, linear or through GELU."""
-        return nn.functional.gelu(pre_NK) if self.config.pre_value_activation == "gelu" else pre_NK
+    @property
+    def pre_activation(self) -> Activation | None:
+        """The activation of the pre-value products."""
+        return self.config.pre_value_activation
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """W_out, then dropout."""

@@ -5,6 +5,7 @@ from ultramem.ops.bag import bag, bag_reference
 from ultramem.ops.gather_dot import gather_dot, gather_dot_reference
 from ultramem.ops.grouped_linear import grouped_linear, grouped_linear_reference
 from ultramem.ops.key_search import contract_keys, contract_sides, fine_scores, key_search, key_search_reference
+from ultramem.ops.pooled_read import Activation, pooled_read
 from ultramem.ops.product_topk import (
     Search,
     check_search,
@@ -18,6 +19,7 @@ from ultramem.ops.row_gradients import RowContribution, RowGradients
 from ultramem.ops.scatter import scatter, scatter_reference
 
 __all__ = [
+    "Activation",
     "RowContribution",
     "RowGradients",
     "Search",
@@ -34,6 +36,7 @@ __all__ = [
     "grouped_linear_reference",
     "key_search",
     "key_search_reference",
+    "pooled_read",
     "product_topk",
     "product_topk_flops",
     "product_topk_reference",

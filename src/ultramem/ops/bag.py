@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows, slice_indices, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -34,21 +35,44 @@ def _embedding_bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor) -> Tensor:
     return pooled.reshape(idx_NK.shape[0], width)
 
 
-@torch.library.custom_op("ultramem::bag", mutates_args=())
-def _bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int) -> Tensor:
+def _run(
+    idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, backend: str
+) -> Tensor:
+    if choose("bag", backend, table_RV, w_NKC, available=(CPU,)) == CPU:
+        out: Tensor = torch.ops.ultramem_cpu.bag(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
+        return out
     # bf16 tables stay with the reference: ATen rounds their weights to bf16.
     if block_NK is None and table_RV.dtype == torch.float32 and idx_NK.numel():
         return _embedding_bag(idx_NK, w_NKC, table_RV)
     return bag_reference(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
 
 
+@torch.library.custom_op("ultramem::bag", mutates_args=())
+def _bag(
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    table_RV: Tensor,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    backend: str = AUTO,
+) -> Tensor:
+    return _run(idx_NK, w_NKC, table_RV, block_NK, num_blocks, backend)
+
+
 @_bag.register_fake
-def _(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int) -> Tensor:
+def _(
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    table_RV: Tensor,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    backend: str = AUTO,
+) -> Tensor:
     return table_RV.new_empty(idx_NK.shape[0], num_blocks * table_RV.shape[1])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *operands, ctx.num_blocks = inputs
+    *operands, ctx.num_blocks, ctx.backend = inputs
     ctx.save_for_backward(*operands)
 
 
@@ -59,15 +83,16 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[1]:
         # gather_dot answers in its operand's dtype: hand it the wide one, so that weights get fp32 gradients.
         wide = grad_out.to(accumulation_dtype(grad_out))
-        grad_w = ops.gather_dot(idx_NK, wide, table_RV, block_NK, ctx.num_blocks, w_NKC.shape[2]).to(w_NKC.dtype)
+        grad_w = ops.gather_dot(idx_NK, wide, table_RV, block_NK, ctx.num_blocks, w_NKC.shape[2], ctx.backend)
+        grad_w = grad_w.to(w_NKC.dtype)
     if ctx.needs_input_grad[2]:
-        grad_table = ops.scatter(idx_NK, w_NKC, grad_out, table_RV.shape[0], block_NK, ctx.num_blocks)
+        grad_table = ops.scatter(idx_NK, w_NKC, grad_out, table_RV.shape[0], block_NK, ctx.num_blocks, ctx.backend)
         grad_table = grad_table.to(table_RV.dtype)
-    return None, grad_w, grad_table, None, None
+    return None, grad_w, grad_table, None, None, None
 
 
 @register_flop_formula(torch.ops.ultramem.bag)
-def _(idx_shape, w_shape, table_shape, block_shape, num_blocks, **_):  # type: ignore[no-untyped-def]
+def _(idx_shape, w_shape, table_shape, block_shape, num_blocks, backend=AUTO, **_):  # type: ignore[no-untyped-def]
     return 2 * idx_shape[0] * idx_shape[1] * table_shape[1]
 
 
@@ -82,6 +107,7 @@ def bag(
     block_NK: Tensor | None = None,
     num_blocks: int = 1,
     row_gradients: RowGradients | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Pool the selected rows of a table with weights.
 
@@ -97,6 +123,7 @@ def bag(
         block_NK: the block in [0, E) that each slot is pooled into; None for one block.
         num_blocks: E.
         row_gradients: where the table's gradient goes instead of ``table_RV.grad``; None for dense.
+        backend: what to run on, gradients included (see `ultramem.ops.use_backend`); None for the surrounding choice.
 
     Returns:
         [N, E·V] in the table's dtype, accumulated in fp32 (fp64 for fp64 tables).
@@ -105,11 +132,14 @@ def bag(
         ValueError: shapes that do not fit each other.
         TypeError: indices that are not integers.
         IndexError: an index outside the table (CPU).
+        BackendError: a backend that was asked for cannot run.
     """
     w_NKC = with_cores(w, idx_NK, "bag")
     check_operands("bag", idx_NK, w_NKC, table_RV.shape[1], w_NKC.shape[2], block_NK, num_blocks)
     table = table_RV if row_gradients is None else table_RV.detach()
-    out: Tensor = _bag(idx_NK, w_NKC, table, block_NK, num_blocks)
-    if row_gradients is not None:
-        out = tap(out, row_gradients, idx_NK, block_NK, num_blocks, w_NKC=w_NKC)
+    backend = requested(backend)
+    lookup = _run if runs_directly(idx_NK, w_NKC, table) else _bag
+    out: Tensor = lookup(idx_NK, w_NKC, table, block_NK, num_blocks, backend)
+    if row_gradients is not None and torch.is_grad_enabled():
+        out = tap(out, row_gradients, idx_NK, block_NK, num_blocks, backend, w_NKC=w_NKC)
     return out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows
 from ultramem.ops.precision import without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -30,22 +31,49 @@ def gather_dot_reference(
     return out.to(x_NV.dtype).contiguous()
 
 
+def _run(
+    idx_NK: Tensor,
+    x_NV: Tensor,
+    table_RV: Tensor,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    num_cores: int,
+    backend: str,
+) -> Tensor:
+    if choose("gather_dot", backend, table_RV, x_NV, available=(CPU,)) == CPU:
+        out: Tensor = torch.ops.ultramem_cpu.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+        return out
+    return gather_dot_reference(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+
+
 @torch.library.custom_op("ultramem::gather_dot", mutates_args=())
 def _gather_dot(
-    idx_NK: Tensor, x_NV: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, num_cores: int
+    idx_NK: Tensor,
+    x_NV: Tensor,
+    table_RV: Tensor,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    num_cores: int,
+    backend: str = AUTO,
 ) -> Tensor:
-    return gather_dot_reference(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+    return _run(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores, backend)
 
 
 @_gather_dot.register_fake
 def _(
-    idx_NK: Tensor, x_NV: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, num_cores: int
+    idx_NK: Tensor,
+    x_NV: Tensor,
+    table_RV: Tensor,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    num_cores: int,
+    backend: str = AUTO,
 ) -> Tensor:
     return x_NV.new_empty(*idx_NK.shape, num_cores)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *operands, ctx.num_blocks, _ = inputs
+    *operands, ctx.num_blocks, _, ctx.backend = inputs
     ctx.save_for_backward(*operands)
 
 
@@ -54,15 +82,15 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     ops = torch.ops.ultramem
     grad_x = grad_table = None
     if ctx.needs_input_grad[1]:
-        grad_x = ops.bag(idx_NK, grad_out, table_RV, block_NK, ctx.num_blocks).to(x_NV.dtype)
+        grad_x = ops.bag(idx_NK, grad_out, table_RV, block_NK, ctx.num_blocks, ctx.backend).to(x_NV.dtype)
     if ctx.needs_input_grad[2]:
-        grad_table = ops.scatter(idx_NK, grad_out, x_NV, table_RV.shape[0], block_NK, ctx.num_blocks)
+        grad_table = ops.scatter(idx_NK, grad_out, x_NV, table_RV.shape[0], block_NK, ctx.num_blocks, ctx.backend)
         grad_table = grad_table.to(table_RV.dtype)
-    return None, grad_x, grad_table, None, None, None
+    return None, grad_x, grad_table, None, None, None, None
 
 
 @register_flop_formula(torch.ops.ultramem.gather_dot)
-def _(idx_shape, x_shape, table_shape, block_shape, num_blocks, num_cores, **_):  # type: ignore[no-untyped-def]
+def _(idx_shape, x_shape, table_shape, block_shape, num_blocks, num_cores, backend=AUTO, **_):  # type: ignore[no-untyped-def]
     return 2 * idx_shape[0] * idx_shape[1] * table_shape[1]
 
 
@@ -78,6 +106,7 @@ def gather_dot(
     num_blocks: int = 1,
     num_cores: int = 1,
     row_gradients: RowGradients | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Take the dot product of each token with the rows that it selected.
 
@@ -94,6 +123,7 @@ def gather_dot(
         num_blocks: E.
         num_cores: C, the number of column slices with a dot product of their own; must divide V.
         row_gradients: where the table's gradient goes instead of ``table_RV.grad``; None for dense.
+        backend: what to run on, gradients included (see `ultramem.ops.use_backend`); None for the surrounding choice.
 
     Returns:
         [N, K] for one core, else [N, K, C], in the dtype of ``x_NV``, accumulated in fp32 (fp64 for fp64 tables).
@@ -102,13 +132,16 @@ def gather_dot(
         ValueError: shapes that do not fit each other.
         TypeError: indices that are not integers.
         IndexError: an index outside the table (CPU).
+        BackendError: a backend that was asked for cannot run.
     """
     width = table_RV.shape[1]
     check_operands("gather_dot", idx_NK, x_NV, width, num_cores, block_NK, num_blocks)
     if x_NV.ndim != 2 or x_NV.shape[1] != num_blocks * width:
         raise ValueError(f"gather_dot: x_NV must be [N, {num_blocks * width}], got {tuple(x_NV.shape)}.")
     table = table_RV if row_gradients is None else table_RV.detach()
-    out: Tensor = _gather_dot(idx_NK, x_NV, table, block_NK, num_blocks, num_cores)
-    if row_gradients is not None:
-        out = tap(out, row_gradients, idx_NK, block_NK, num_blocks, x_NV=x_NV)
+    backend = requested(backend)
+    lookup = _run if runs_directly(idx_NK, x_NV, table) else _gather_dot
+    out: Tensor = lookup(idx_NK, x_NV, table, block_NK, num_blocks, num_cores, backend)
+    if row_gradients is not None and torch.is_grad_enabled():
+        out = tap(out, row_gradients, idx_NK, block_NK, num_blocks, backend, x_NV=x_NV)
     return out.squeeze(-1) if num_cores == 1 else out

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultramem.ops.backends import AUTO, CPU, choose
+
 
 @dataclass(frozen=True)
 class RowContribution:
     """The gradient of one lookup in factors: row idx[n, k] receives w[n, k, c] · x[n, block[n, k], c-th slice].
 
-    Keeping the factors costs N·(K·C + E·V) elements where the rows themselves would cost N·K·V.
+    Keeping the factors costs N·(K·C + E·V) elements where the rows themselves would cost N·K·V. ``backend`` is what the
+    lookup was asked to run on.
     """
 
     idx_NK: Tensor
@@ -19,6 +22,7 @@ class RowContribution:
     x_NV: Tensor
     block_NK: Tensor | None
     num_blocks: int
+    backend: str = AUTO
 
 
 class RowGradients:
@@ -53,6 +57,8 @@ class RowGradients:
         """
         if not self.contributions:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, self.width)
+        if all(choose("scatter", part.backend, part.x_NV, part.w_NKC) == CPU for part in self.contributions):
+            return self._sum_rows_on_cpu()
         touched = torch.cat([part.idx_NK.reshape(-1).long() for part in self.contributions])
         rows_M, position = torch.unique(touched, return_inverse=True)
         sizes = [part.idx_NK.numel() for part in self.contributions]
@@ -60,11 +66,25 @@ class RowGradients:
         for part, local in zip(self.contributions, position.split(sizes), strict=True):
             local_NK = local.view(part.idx_NK.shape)
             gradient = torch.ops.ultramem.scatter(
-                local_NK, part.w_NKC, part.x_NV, rows_M.shape[0], part.block_NK, part.num_blocks
+                local_NK, part.w_NKC, part.x_NV, rows_M.shape[0], part.block_NK, part.num_blocks, part.backend
             )
             total = gradient if total is None else total + gradient
         assert total is not None
         return rows_M, total
+
+    @torch.no_grad()
+    def _sum_rows_on_cpu(self) -> tuple[Tensor, Tensor]:
+        parts = self.contributions
+        rows_M, gradient_MV = torch.ops.ultramem_cpu.sum_rows(
+            [part.idx_NK for part in parts],
+            [part.w_NKC for part in parts],
+            [part.x_NV for part in parts],
+            [part.block_NK for part in parts],
+            [part.num_blocks for part in parts],
+            self.num_rows,
+            self.width,
+        )
+        return rows_M, gradient_MV
 
 
 class _Tap(torch.autograd.Function):
@@ -72,9 +92,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, anchor: Tensor, collector: RowGradients, num_blocks: int, *operands: Any
+        ctx: Any, out: Tensor, anchor: Tensor, collector: RowGradients, num_blocks: int, backend: str, *operands: Any
     ) -> Tensor:
-        ctx.collector, ctx.num_blocks = collector, num_blocks
+        ctx.collector, ctx.num_blocks, ctx.backend = collector, num_blocks, backend
         ctx.save_for_backward(*operands)
         return out.view_as(out)
 
@@ -84,8 +104,8 @@ class _Tap(torch.autograd.Function):
         idx_NK, block_NK, w_NKC, x_NV = ctx.saved_tensors
         # d(bag) pairs the saved weights with the incoming gradient; d(gather_dot) pairs it with the saved vectors.
         w, x = (w_NKC, grad_out) if x_NV is None else (grad_out, x_NV)
-        ctx.collector.add(RowContribution(idx_NK, w.detach(), x.detach(), block_NK, ctx.num_blocks))
-        return (grad_out, None, None, None, *[None] * 4)
+        ctx.collector.add(RowContribution(idx_NK, w.detach(), x.detach(), block_NK, ctx.num_blocks, ctx.backend))
+        return (grad_out, *[None] * 8)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -95,6 +115,7 @@ def tap(
     idx_NK: Tensor,
     block_NK: Tensor | None,
     num_blocks: int,
+    backend: str,
     *,
     w_NKC: Tensor | None = None,
     x_NV: Tensor | None = None,
@@ -105,6 +126,6 @@ def tap(
     `gather_dot`.
     """
     tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-        out, collector.anchor, collector, num_blocks, idx_NK, block_NK, w_NKC, x_NV
+        out, collector.anchor, collector, num_blocks, backend, idx_NK, block_NK, w_NKC, x_NV
     )
     return tapped

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
 from ultramem.ops.operands import check_operands, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
@@ -39,20 +40,49 @@ def scatter_reference(
     return summed
 
 
-@torch.library.custom_op("ultramem::scatter", mutates_args=())
-def _scatter(
-    idx_NK: Tensor, w_NKC: Tensor, x_NV: Tensor, num_rows: int, block_NK: Tensor | None, num_blocks: int
+def _run(
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    x_NV: Tensor,
+    num_rows: int,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    backend: str,
 ) -> Tensor:
+    if choose("scatter", backend, x_NV, w_NKC, available=(CPU,)) == CPU:
+        out: Tensor = torch.ops.ultramem_cpu.scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
+        return out
     return scatter_reference(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
 
 
+@torch.library.custom_op("ultramem::scatter", mutates_args=())
+def _scatter(
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    x_NV: Tensor,
+    num_rows: int,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    backend: str = AUTO,
+) -> Tensor:
+    return _run(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks, backend)
+
+
 @_scatter.register_fake
-def _(idx_NK: Tensor, w_NKC: Tensor, x_NV: Tensor, num_rows: int, block_NK: Tensor | None, num_blocks: int) -> Tensor:
+def _(
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    x_NV: Tensor,
+    num_rows: int,
+    block_NK: Tensor | None,
+    num_blocks: int,
+    backend: str = AUTO,
+) -> Tensor:
     return x_NV.new_empty(num_rows, x_NV.shape[1] // num_blocks, dtype=accumulation_dtype(w_NKC, x_NV))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    idx_NK, w_NKC, x_NV, _, block_NK, ctx.num_blocks = inputs
+    idx_NK, w_NKC, x_NV, _, block_NK, ctx.num_blocks, ctx.backend = inputs
     ctx.save_for_backward(idx_NK, w_NKC, x_NV, block_NK)
 
 
@@ -62,14 +92,15 @@ def _backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     grad_w = grad_x = None
     if ctx.needs_input_grad[1]:
         wide = x_NV.to(accumulation_dtype(x_NV))
-        grad_w = ops.gather_dot(idx_NK, wide, grad_out, block_NK, ctx.num_blocks, w_NKC.shape[2]).to(w_NKC.dtype)
+        grad_w = ops.gather_dot(idx_NK, wide, grad_out, block_NK, ctx.num_blocks, w_NKC.shape[2], ctx.backend)
+        grad_w = grad_w.to(w_NKC.dtype)
     if ctx.needs_input_grad[2]:
-        grad_x = ops.bag(idx_NK, w_NKC, grad_out, block_NK, ctx.num_blocks).to(x_NV.dtype)
-    return None, grad_w, grad_x, None, None, None
+        grad_x = ops.bag(idx_NK, w_NKC, grad_out, block_NK, ctx.num_blocks, ctx.backend).to(x_NV.dtype)
+    return None, grad_w, grad_x, None, None, None, None
 
 
 @register_flop_formula(torch.ops.ultramem.scatter)
-def _(idx_shape, w_shape, x_shape, num_rows, block_shape, num_blocks, **_):  # type: ignore[no-untyped-def]
+def _(idx_shape, w_shape, x_shape, num_rows, block_shape, num_blocks, backend=AUTO, **_):  # type: ignore[no-untyped-def]
     return 2 * idx_shape[0] * idx_shape[1] * x_shape[1] // num_blocks
 
 
@@ -77,7 +108,14 @@ _scatter.register_autograd(_backward, setup_context=_setup_context)
 
 
 def scatter(
-    idx_NK: Tensor, w: Tensor, x_NV: Tensor, num_rows: int, *, block_NK: Tensor | None = None, num_blocks: int = 1
+    idx_NK: Tensor,
+    w: Tensor,
+    x_NV: Tensor,
+    num_rows: int,
+    *,
+    block_NK: Tensor | None = None,
+    num_blocks: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """Add weighted token vectors onto the rows that the tokens selected: the table gradient of `bag` and `gather_dot`.
 
@@ -90,6 +128,7 @@ def scatter(
         num_rows: R, the rows of the result.
         block_NK: the block in [0, E) of ``x_NV`` that each slot takes; None for one block.
         num_blocks: E; must divide the width of ``x_NV``.
+        backend: what to run on, gradients included (see `ultramem.ops.use_backend`); None for the surrounding choice.
 
     Returns:
         [R, V] in fp32 (fp64 if an operand is fp64); rows that no token selected are zero.
@@ -98,11 +137,13 @@ def scatter(
         ValueError: shapes that do not fit each other.
         TypeError: indices that are not integers.
         IndexError: an index outside [0, num_rows) (CPU).
+        BackendError: a backend that was asked for cannot run.
     """
     w_NKC = with_cores(w, idx_NK, "scatter")
     if num_blocks < 1 or x_NV.shape[1] % num_blocks:
         raise ValueError(f"scatter: a width of {x_NV.shape[1]} cannot be cut into {num_blocks} equal blocks.")
     width = x_NV.shape[1] // num_blocks
     check_operands("scatter", idx_NK, x_NV, width, w_NKC.shape[2], block_NK, num_blocks)
-    out: Tensor = _scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
+    run = _run if runs_directly(idx_NK, w_NKC, x_NV) else _scatter
+    out: Tensor = run(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks, requested(backend))
     return out

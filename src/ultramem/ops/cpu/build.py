@@ -61,7 +61,7 @@ def _load() -> None:
 
     sources = sorted(FOLDER.glob("*.cpp"))
     flags = compiler_flags()
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
     fingerprint = hashlib.sha256(repr((flags, torch.__version__, compiler, sys.platform)).encode())
     for path in (*sources, *sorted(FOLDER.glob("*.h"))):
         fingerprint.update(path.name.encode() + path.read_bytes())
@@ -76,7 +76,7 @@ def _load() -> None:
             if not library.exists():
                 _build(cpp_extension, sources, flags, home)
                 return
-    torch.ops.load_library(library)
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
 
 
 def _build(cpp_extension, sources: list[Path], flags: tuple[str, ...], home: Path) -> None:  # type: ignore[no-untyped-def]

@@ -65,14 +65,12 @@ inline float sum(Floats value) {
   return lanes[0];
 }
 
-constexpr int64_t kCacheLineBytes = 64;
-
-// Ask for a whole row, to be read or written. A wrong address is ignored.
-template <bool for_writing = false>
+// Ask for a row to be brought to the second cache: the first has too few slots for outstanding lines, and stalls. One
+// request per pair of lines is enough, the hardware fetches the other. A wrong address is ignored.
 inline void prefetch(const void* from, int64_t num_bytes) {
+  constexpr int64_t kLinePairBytes = 128;
   const char* line = static_cast<const char*>(from);
-  for (int64_t offset = 0; offset < num_bytes; offset += kCacheLineBytes)
-    __builtin_prefetch(line + offset, for_writing, 3);
+  for (int64_t offset = 0; offset < num_bytes; offset += kLinePairBytes) __builtin_prefetch(line + offset, 0, 2);
 }
 
 // Call `body(lower, upper)` over parts of `num_tokens`, in parallel where the work pays for waking the threads.
@@ -83,15 +81,7 @@ inline void for_tokens(int64_t num_tokens, int64_t elements_per_token, const Bod
   at::parallel_for(0, num_tokens, grain, body);
 }
 
-// Call `body` with a value of the pointer type that the tensor's elements have.
-template <class Body>
-inline void with_index_type(const at::Tensor& idx, const Body& body) {
-  if (idx.scalar_type() == at::kInt)
-    body(static_cast<const int32_t*>(idx.const_data_ptr()));
-  else
-    body(static_cast<const int64_t*>(idx.const_data_ptr()));
-}
-
+// Call `body` with a pointer of the type of the table's elements.
 template <class Body>
 inline void with_float_type(const at::Tensor& table, const Body& body) {
   if (table.scalar_type() == at::kFloat)
