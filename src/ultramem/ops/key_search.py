@@ -36,9 +36,8 @@ def contract_keys(keys_HSrd: Tensor, direction_Hr: Tensor, num_queries: int) -> 
     Σ_ρ direction[ρ] ⟨K[s, ρ], q⟩ = ⟨Σ_ρ direction[ρ] K[s, ρ], q⟩ with one query; with a query for each rank the scaled
     keys stand side by side.
     """
-    if num_queries == 1:
-        return torch.einsum("hsrd,hr->hsd", keys_HSrd, direction_Hr)
-    return (keys_HSrd * direction_Hr[:, None, :, None]).flatten(2)
+    scaled_HSrd = keys_HSrd * direction_Hr[:, None, :, None]
+    return scaled_HSrd.sum(2) if num_queries == 1 else scaled_HSrd.flatten(2)
 
 
 @without_autocast

@@ -246,7 +246,7 @@ def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
 
 
 @register_flop_formula(torch.ops.ultramem.product_topk)
-def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, **_):  # type: ignore[no-untyped-def]
+def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, backend, **_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, side, rank = row_shape
     num_cores = None if cores_shape is None else cores_shape[0]
     return num_tokens * product_topk_flops(side, rank, num_heads, num_cores, top_k, coarse_top_k, search)

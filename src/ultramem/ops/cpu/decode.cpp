@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels.h"
+#include "decode.h"
 #include "product.h"
 #include "rows.h"
 

@@ -30,21 +30,21 @@ std::tuple<at::Tensor, at::Tensor> sum_rows(const std::vector<at::Tensor>& idx, 
                                             const c10::List<std::optional<at::Tensor>>& block,
                                             const std::vector<int64_t>& num_blocks, int64_t num_rows, int64_t width);
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double epsilon);
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
-
-void add_attention(const at::Tensor& residual, const at::Tensor& x, at::TensorList weights, at::TensorList biases,
-                   at::TensorList gains, double epsilon, std::optional<double> clip, double scaling,
-                   const at::Tensor& cosines, const at::Tensor& sines, const at::Tensor& keys,
-                   const at::Tensor& values, int64_t position, const std::optional<at::Tensor>& mask);
-
-void add_gated_ffn(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up,
-                   const at::Tensor& down);
-
-void add_experts(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
-                 const at::Tensor& index, const at::Tensor& weights);
-
 int64_t advise_huge_pages(const at::Tensor& table);
+
+std::tuple<at::Tensor, at::Tensor> product_topk(const at::Tensor& rows, const at::Tensor& cols,
+                                                const std::optional<at::Tensor>& cores,
+                                                const std::optional<at::Tensor>& row_direction,
+                                                const std::optional<at::Tensor>& col_direction, int64_t top_k,
+                                                int64_t coarse_top_k, bool is_signed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search(const at::Tensor& query, const at::Tensor& keys,
+                                                          const at::Tensor& coarse, const at::Tensor& cores,
+                                                          int64_t top_k, int64_t coarse_top_k, bool is_signed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search_backward(const at::Tensor& grad_scores,
+                                                                   const at::Tensor& slots, const at::Tensor& fine,
+                                                                   const at::Tensor& query, const at::Tensor& keys,
+                                                                   const at::Tensor& cores);
 
 }  // namespace ultramem
