@@ -277,6 +277,16 @@ class MemoryLayer(nn.Module):
             statistics |= self.further_statistics(retrieved, with_recall=return_statistics == "recall")
         return MemoryOutput(y_ND.view(*x.shape[:-1], self.hidden_size), self.losses(retrieved), statistics)
 
+    def add_output(self, residual_ND: Tensor, x_ND: Tensor, pool: MemoryPool) -> None:
+        """Add the output to the hidden states of a decode step, in place: without losses, statistics or gradients.
+
+        Args:
+            residual_ND: what is added to, fp32.
+            x_ND: normed hidden states, fp32.
+            pool: the rows.
+        """
+        residual_ND += self(x_ND, pool).output
+
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
         """What the queries are made from: [..., D]."""
         return x

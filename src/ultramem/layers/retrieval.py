@@ -377,6 +377,12 @@ class TuckerRetrieval(_Retrieval):
 
         return self._searched_keys.get(sources, dtype, derive)
 
+    def searched_keys(self) -> tuple[Tensor, Tensor]:
+        """Normalised keys [H, 2, S, r, kd] and their contraction [2, H, S, Q·kd], in fp32; without gradients."""
+        keys_H2Srd, contracted_2HSe = self._keys_to_search(self.key_norm, torch.float32)
+        assert contracted_2HSe is not None, "gradients are recorded"
+        return keys_H2Srd, contracted_2HSe
+
     def _normalized_keys(self, gain: Tensor, dtype: torch.dtype) -> Tensor:
         # Each key of each rank contiguous: the fine scores read single ones.
         return rms_normalize(self.keys.transpose(3, 4), gain, dim=-1).to(dtype).contiguous()

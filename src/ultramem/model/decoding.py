@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeExperts, OlmoeRMSNorm, OlmoeTopKRouter
 
-from ultramem.layers import MemoryLayer
+from ultramem.layers import MemoryLayer, MemoryPool
 from ultramem.layers.plain import is_plain
 from ultramem.model.block import UltraMemDecoderLayer
 from ultramem.model.cache import DecodingCache, ReservedLayer
@@ -112,6 +112,7 @@ def _run_blocks(
     """Add the outputs of all blocks to the residual stream."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
+    pool = cast(MemoryPool, model.model.memory_pool)
     carried: list[tuple[int, Tensor]] = []
     for index, block in enumerate(blocks):
         keys, values = block.cache.reserve(1)
@@ -131,7 +132,11 @@ def _run_blocks(
         )
         normed_ND = decode.rms_norm(residual_ND, block.ffn_gain, config.rms_norm_eps)
         for memory, end in zip(block.memories, block.memory_ends, strict=True):
-            carried.append((end, memory(normed_ND, model.model.memory_pool).output))
+            if end == index:
+                memory.add_output(residual_ND, normed_ND, pool)
+            else:
+                carried.append((end, torch.zeros_like(residual_ND)))
+                memory.add_output(carried[-1][1], normed_ND, pool)
         if block.add_ffn is not None:
             block.add_ffn(residual_ND, normed_ND)
         for end, output_ND in carried:

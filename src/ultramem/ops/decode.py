@@ -109,6 +109,77 @@ def add_gated_ffn(residual_ND: Tensor, x_ND: Tensor, gate_FD: Tensor, up_FD: Ten
     torch.ops.ultramem_cpu.add_gated_ffn(residual_ND, x_ND, gate_FD, up_FD, down_DF)
 
 
+def add_tucker_memory(
+    residual_ND: Tensor,
+    x_ND: Tensor,
+    *,
+    query_OD: Tensor,
+    query_gain_d: Tensor,
+    epsilon: float,
+    keys_H2Srd: Tensor,
+    contracted_2HSe: Tensor,
+    cores_CHrr: Tensor,
+    top_k: int,
+    coarse_top_k: int,
+    signed: bool,
+    permutation: Tensor,
+    window_offset: int,
+    window_size: int,
+    values_RV: Tensor,
+    pre_values_RU: Tensor | None,
+    pre_UD: Tensor | None,
+    activation: str | None,
+    num_blocks: int,
+    out_DV: Tensor,
+) -> None:
+    """Add the output of a memory with Tucker retrieval: query, `key_search`, `pooled_read` or `bag`, W_out.
+
+    Args:
+        residual_ND: what is added to, fp32.
+        x_ND: normed hidden states.
+        query_OD: query projection, O = 2·Q·d.
+        query_gain_d: of the queries' RMS norm.
+        epsilon: of that norm.
+        keys_H2Srd: normalised keys, fp32.
+        contracted_2HSe: their contraction (see `key_search`), fp32.
+        cores_CHrr: the Tucker cores.
+        top_k: slots per token and head.
+        coarse_top_k: keys that each side keeps.
+        signed: the search (see `product_topk`): signed, or two-stage.
+        permutation: int32, the virtual slot of each slot of the grid.
+        window_offset: first row of the layer's window of the pool, which is a ring.
+        window_size: rows of the window.
+        values_RV: the pool's values.
+        pre_values_RU: its pre-values; None for none.
+        pre_UD: what makes the inputs of the pre-values; None for none.
+        activation: of the pre-value products; None for none.
+        num_blocks: virtual blocks that are pooled apart; 1 adds them.
+        out_DV: output projection.
+    """
+    torch.ops.ultramem_cpu.add_tucker_memory(
+        residual_ND,
+        x_ND,
+        query_OD,
+        query_gain_d,
+        epsilon,
+        keys_H2Srd,
+        contracted_2HSe,
+        cores_CHrr,
+        top_k,
+        coarse_top_k,
+        signed,
+        permutation,
+        window_offset,
+        window_size,
+        values_RV,
+        pre_values_RU,
+        pre_UD,
+        activation or "",
+        num_blocks,
+        out_DV,
+    )
+
+
 def add_experts(
     residual_ND: Tensor, x_ND: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, index_NA: Tensor, weights_NA: Tensor
 ) -> None:

@@ -23,4 +23,5 @@ TORCH_LIBRARY(ultramem_cpu, m) {
   m.def("add_attention", &ultramem::add_attention);
   m.def("add_gated_ffn", &ultramem::add_gated_ffn);
   m.def("add_experts", &ultramem::add_experts);
+  m.def("add_tucker_memory", &ultramem::add_tucker_memory);
 }

@@ -39,24 +39,6 @@ void gate_values(float* gate, const float* up, int64_t count) {
   for (; i < count; ++i) gate[i] = gate[i] / (std::exp(-gate[i]) + 1.0f) * up[i];
 }
 
-template <class T>
-float inner_product(const float* x, const T* y, int64_t width) {
-  Floats parts[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes)
-    for (int part = 0; part < 4; ++part) parts[part] += load(x + i + part * kLanes) * load(y + i + part * kLanes);
-  for (; i + kLanes <= width; i += kLanes) parts[0] += load(x + i) * load(y + i);
-  float total = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-  for (; i < width; ++i) total += x[i] * load_one(y + i);
-  return total;
-}
-
-template <class T>
-void normalize(const float* x, const T* gain, int64_t width, float epsilon, float* out) {
-  const float scale = 1.0f / std::sqrt(inner_product(x, x, width) / static_cast<float>(width) + epsilon);
-  for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * load_one(gain + i);
-}
-
 // Turn pairs (i, i + half) by the angles of a position.
 void rotate(float* x, const float* cosines, const float* sines, int64_t width) {
   const int64_t half = width / 2;
@@ -120,16 +102,6 @@ void attend(const float* query, const History<T>& history, float* scores, float*
   for (int64_t i = 0; i < width; ++i) out[i] /= total;
 }
 
-template <class T>
-const T* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-
-template <class T>
-Matrix<T> matrix_of(const at::Tensor& weight, const at::Tensor& bias, float* out, int64_t out_stride, bool add) {
-  return {static_cast<const T*>(weight.const_data_ptr()), data_or_null<T>(bias), weight.size(0), out, out_stride, add};
-}
-
 // Choices of experts, sorted by expert: `choice[starts[e] … starts[e + 1])` are positions in the flattened index.
 struct ByExpert {
   ByExpert(const int64_t* index, int64_t num_choices, int64_t num_experts)
@@ -148,7 +120,7 @@ struct ByExpert {
 
 // Each expert's matrix [rows, width] times its rows of `x`, which are sorted by expert.
 template <class T>
-void multiply_experts(const std::vector<float>& x, const at::Tensor& weights, const ByExpert& sorted, float* out) {
+void multiply_experts(const float* x, const at::Tensor& weights, const ByExpert& sorted, float* out) {
   const int64_t num_experts = weights.size(0), num_rows = weights.size(1), width = weights.size(2);
   const int64_t num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
   std::vector<int64_t> used;
@@ -158,7 +130,7 @@ void multiply_experts(const std::vector<float>& x, const at::Tensor& weights, co
   at::parallel_for(0, static_cast<int64_t>(used.size()) * num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t expert = used[task / num_blocks], first = sorted.starts[expert];
-      const Activations tokens(x.data() + first * width, sorted.starts[expert + 1] - first, width);
+      const Activations tokens(x + first * width, sorted.starts[expert + 1] - first, width);
       const int64_t last = std::min(end, (task / num_blocks + 1) * num_blocks);
       for (; task < last; ++task) {
         const int64_t row = task % num_blocks * kBlockRows;
@@ -205,7 +177,7 @@ void add_attention(const at::Tensor& residual, const at::Tensor& x, at::TensorLi
   TORCH_CHECK_INDEX(position < capacity, "the KV cache holds ", capacity, " tokens and is full.");
   const int64_t query_width = num_heads * width, kv_width = num_kv_heads * width;
   const int64_t projected_width = query_width + 2 * kv_width;
-  std::vector<float> projected(num_tokens * projected_width), attended(num_tokens * query_width);
+  Scratch projected(num_tokens * projected_width), attended(num_tokens * query_width);
   const float *cos = cosines.const_data_ptr<float>(), *sin = sines.const_data_ptr<float>();
   const int64_t angle_stride = cosines.size(0) == 1 ? 0 : width;
   const bool* real = mask ? mask->const_data_ptr<bool>() : nullptr;
@@ -263,7 +235,7 @@ void add_attention(const at::Tensor& residual, const at::Tensor& x, at::TensorLi
 void add_gated_ffn(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up,
                    const at::Tensor& down) {
   const int64_t num_tokens = x.size(0), inner = gate.size(0);
-  std::vector<float> gated(num_tokens * inner), other(num_tokens * inner);
+  Scratch gated(num_tokens * inner), other(num_tokens * inner);
   with_float_type(gate, [&](auto* data) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
     const Activations inputs(x.const_data_ptr<float>(), num_tokens, x.size(1));
@@ -282,7 +254,7 @@ void add_experts(const at::Tensor& residual, const at::Tensor& x, const at::Tens
   const int64_t num_tokens = x.size(0), width = x.size(1), inner = down.size(2), num_chosen = index.size(1);
   const int64_t num_choices = num_tokens * num_chosen;
   const ByExpert sorted(index.const_data_ptr<int64_t>(), num_choices, down.size(0));
-  std::vector<float> rows(num_choices * width), projected(num_choices * 2 * inner), gated(num_choices * inner);
+  Scratch rows(num_choices * width), projected(num_choices * 2 * inner), gated(num_choices * inner);
   const float* tokens = x.const_data_ptr<float>();
   for_tokens(num_choices, width, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -290,7 +262,7 @@ void add_experts(const at::Tensor& residual, const at::Tensor& x, const at::Tens
   });
   with_float_type(down, [&](auto* data) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
-    multiply_experts<T>(rows, gate_up, sorted, projected.data());
+    multiply_experts<T>(rows.data(), gate_up, sorted, projected.data());
     for_tokens(num_choices, 4 * inner, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const float* row = projected.data() + i * 2 * inner;
@@ -298,7 +270,7 @@ void add_experts(const at::Tensor& residual, const at::Tensor& x, const at::Tens
         gate_values(gated.data() + i * inner, row + inner, inner);
       }
     });
-    multiply_experts<T>(gated, down, sorted, rows.data());
+    multiply_experts<T>(gated.data(), down, sorted, rows.data());
   });
   // Each token adds its experts' outputs in the order in which it chose them.
   std::vector<int64_t> place(num_choices);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace ultramem {
 
@@ -22,5 +23,13 @@ void add_gated_ffn(const at::Tensor& residual, const at::Tensor& x, const at::Te
 
 void add_experts(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
                  const at::Tensor& index, const at::Tensor& weights);
+
+void add_tucker_memory(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& query_weight,
+                       const at::Tensor& query_gain, double epsilon, const at::Tensor& keys,
+                       const at::Tensor& contracted, const at::Tensor& cores, int64_t top_k, int64_t coarse_top_k,
+                       bool is_signed, const at::Tensor& permutation, int64_t window_offset, int64_t window_size,
+                       const at::Tensor& values, const std::optional<at::Tensor>& pre_values,
+                       const std::optional<at::Tensor>& pre_weight, std::string_view activation, int64_t num_blocks,
+                       const at::Tensor& out_weight);
 
 }  // namespace ultramem

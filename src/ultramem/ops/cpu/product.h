@@ -4,6 +4,8 @@
 #include "common.h"
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
 #include <vector>
 
 namespace ultramem {
@@ -79,20 +81,26 @@ inline void multiply_rows(const float* x, int64_t x_stride, int64_t num_tokens, 
                                  out + token * out_stride, out_stride, add);
 }
 
-// Activations [N, width] in fp32, their rows a multiple of kLanes apart and zero beyond the width.
+// Activations [N, width] in fp32, whose rows can be read in whole vectors: beyond the width they are zero.
 class Activations {
  public:
-  Activations(const float* x, int64_t num_tokens, int64_t width)
-      : num_tokens(num_tokens), width(width), stride((width + kLanes - 1) / kLanes * kLanes), data(x) {
-    if (stride == width) return;
+  Activations(const float* x, int64_t num_tokens, int64_t width) : Activations(x, num_tokens, width, width) {}
+
+  Activations(const float* x, int64_t num_tokens, int64_t width, int64_t x_stride)
+      : num_tokens(num_tokens),
+        width(width),
+        padded_width((width + kLanes - 1) / kLanes * kLanes),
+        stride(padded_width == width ? x_stride : padded_width),
+        data(x) {
+    if (padded_width == width) return;
     padded_.resize(num_tokens * stride);
     for (int64_t token = 0; token < num_tokens; ++token)
-      std::copy_n(x + token * width, width, padded_.data() + token * stride);
+      std::copy_n(x + token * x_stride, width, padded_.data() + token * stride);
     data = padded_.data();
   }
   Activations(const Activations&) = delete;
 
-  const int64_t num_tokens, width, stride;
+  const int64_t num_tokens, width, padded_width, stride;
   const float* data;
 
  private:
@@ -103,19 +111,19 @@ class Activations {
 template <class T>
 inline void multiply_block(const Activations& x, const T* w, int64_t num_rows, float* out, int64_t out_stride,
                            bool add) {
-  if (num_rows == kBlockRows && x.stride == x.width && x.num_tokens <= kTileTokens) {
+  if (num_rows == kBlockRows && x.padded_width == x.width && x.num_tokens <= kTileTokens) {
     // Each weight is used by few tiles: widen it in registers.
     multiply_rows<true>(x.data, x.stride, x.num_tokens, w, x.width, x.width, out, out_stride, add);
     return;
   }
-  const int64_t num_parts = (x.stride + kBlockWidth - 1) / kBlockWidth;
-  const int64_t part = (x.stride / kLanes + num_parts - 1) / num_parts * kLanes;
+  const int64_t num_parts = (x.padded_width + kBlockWidth - 1) / kBlockWidth;
+  const int64_t part = (x.padded_width / kLanes + num_parts - 1) / num_parts * kLanes;
   alignas(64) float copy[kBlockRows * kBlockWidth];
   std::vector<float> whole(num_rows < kBlockRows ? x.num_tokens * kBlockRows : 0);
   float* to_out = whole.empty() ? out : whole.data();
   const int64_t stride = whole.empty() ? out_stride : kBlockRows;
-  for (int64_t start = 0; start < x.stride; start += part) {
-    const int64_t padded = std::min(part, x.stride - start), real = std::min(part, x.width - start);
+  for (int64_t start = 0; start < x.padded_width; start += part) {
+    const int64_t padded = std::min(part, x.padded_width - start), real = std::min(part, x.width - start);
     for (int64_t row = 0; row < kBlockRows; ++row) {
       float* to = copy + row * part;
       int64_t i = 0;
@@ -171,6 +179,45 @@ inline void multiply(const Activations& x, const std::vector<Matrix<T>>& matrice
         for (int64_t i = 0; i < rows; ++i) out[token * matrix->out_stride + i] += load_one(matrix->bias + row + i);
     }
   });
+}
+
+// Memory for intermediate results, not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t num_floats) : data_(new float[num_floats]) {}
+  float* data() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float[]> data_;
+};
+
+template <class T>
+inline const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <class T>
+inline Matrix<T> matrix_of(const at::Tensor& weight, const at::Tensor& bias, float* out, int64_t out_stride, bool add) {
+  return {static_cast<const T*>(weight.const_data_ptr()), data_or_null<T>(bias), weight.size(0), out, out_stride, add};
+}
+
+template <class T>
+inline float inner_product(const float* x, const T* y, int64_t width) {
+  Floats parts[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes)
+    for (int part = 0; part < 4; ++part) parts[part] += load(x + i + part * kLanes) * load(y + i + part * kLanes);
+  for (; i + kLanes <= width; i += kLanes) parts[0] += load(x + i) * load(y + i);
+  float total = sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+  for (; i < width; ++i) total += x[i] * load_one(y + i);
+  return total;
+}
+
+// x / rms(x) · gain; `out` may be `x`.
+template <class T>
+inline void normalize(const float* x, const T* gain, int64_t width, float epsilon, float* out) {
+  const float scale = 1.0f / std::sqrt(inner_product(x, x, width) / static_cast<float>(width) + epsilon);
+  for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * load_one(gain + i);
 }
 
 }  // namespace ultramem
