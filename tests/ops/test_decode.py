@@ -31,8 +31,10 @@ def draw(*shape, dtype=torch.float32, seed=0):
 def test_linear(dtype, width, num_tokens):
     for num_rows in (1, 15, 16, 50):
         x, weight, bias = draw(num_tokens, width), draw(num_rows, width, dtype=dtype), draw(num_rows, dtype=dtype)
-        assert_close(decode.linear(x, weight), F.linear(x, weight.float()))
-        assert_close(decode.linear(x, weight, bias), F.linear(x, weight.float(), bias.float()))
+        x /= width**0.5
+        expected = F.linear(x.double(), weight.double())
+        assert_close(decode.linear(x, weight), expected)
+        assert_close(decode.linear(x, weight, bias), expected + bias.double())
 
 
 @dtypes

@@ -2,8 +2,8 @@
 
 import math
 import threading
-from typing import Any
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import (

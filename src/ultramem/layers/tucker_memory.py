@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,8 +13,7 @@ from ultramem.layers.memory import MemoryConfig, MemoryLayer
 from ultramem.layers.plain import is_plain
 from ultramem.layers.retrieval import NORM_EPSILON, Retrieved, TuckerRetrieval, is_loaded
 from ultramem.layers.table import MemoryPool
-from ultramem.ops import decode
-from ultramem.ops import Search, check_search, product_topk_flops, search_recall
+from ultramem.ops import Search, check_search, decode, product_topk_flops, search_recall
 
 # Tokens of one forward pass on which the search is compared with the exact one.
 _RECALL_TOKENS = 64
@@ -173,7 +172,7 @@ class TuckerMemory(MemoryLayer):
         """As of every memory; in one kernel where all parts of the layer are what they were built as."""
         retrieval, pre_proj = self.retrieval, self.pre_proj
         linears = [linear for linear in (retrieval.query_proj, pre_proj, self.out_proj) if linear is not None]
-        weights = [cast(Tensor, linear.weight) for linear in linears]
+        weights = [linear.weight for linear in linears]
         if (
             not all(is_plain(linear, nn.Linear) for linear in linears)
             or not all(is_plain(module, type(module)) for module in (self, retrieval, pool))

@@ -1,6 +1,5 @@
 """A KV cache whose room is taken once: new tokens are written in place, not appended by copying all before them."""
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -24,7 +23,8 @@ class ReservedLayer(DynamicLayer):
 
     def reserve(self, num_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Storage [B, H, room, d] of keys and of values: the tokens so far, and room for some more."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         views = (self.keys, self.values)
         needed = self.keys.shape[2] + num_new_tokens
         if self._storage is None or self._storage[0].shape[2] < needed or not self._holds(views):
@@ -38,17 +38,20 @@ class ReservedLayer(DynamicLayer):
         assert self._storage is not None
         self.keys, self.values = (storage.narrow(2, 0, num_tokens) for storage in self._storage)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, H, T, d] behind those so far; returns all."""
         del args, kwargs
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
+            self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         start, num_new = self.get_seq_length(), key_states.shape[2]
         for storage, states in zip(self.reserve(num_new), (key_states, value_states), strict=True):
             storage[:, :, start : start + num_new] = states
         self.set_length(start + num_new)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -82,10 +85,10 @@ class DecodingCache(Cache):
         num_tokens: room to reserve for each sequence; more is found when it is needed.
     """
 
-    layers: list[ReservedLayer]
+    layers: list[ReservedLayer]  # type: ignore[assignment]
 
     def __init__(self, config: UltraMemConfig, num_tokens: int) -> None:
-        super().__init__(layers=[ReservedLayer(num_tokens) for _ in range(config.num_hidden_layers)])  # type: ignore[no-untyped-call]
+        super().__init__(layers=[ReservedLayer(num_tokens) for _ in range(config.num_hidden_layers)])
 
     @staticmethod
     def suits(config: UltraMemConfig) -> bool:

@@ -5,7 +5,7 @@ date, and leaves to the model's own forward whatever it does not know: hooks, ad
 other devices and dtypes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -34,9 +34,9 @@ class _UnknownError(Exception):
 
 
 class _Attention(NamedTuple):
-    weights: list[Tensor]
-    biases: list[Tensor]
-    gains: list[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    gains: Sequence[Tensor]
 
 
 class _Block(NamedTuple):
@@ -148,7 +148,7 @@ def _collect(block: UltraMemDecoderLayer, layer: ReservedLayer, num_sequences: i
     """The weights of a block. Raises _UnknownError."""
     _check(is_plain(block, UltraMemDecoderLayer))
     _check(layer.keys is not None and layer.keys.dtype == dtype and len(layer.keys) == num_sequences)
-    attention = cast(OlmoeAttention, block.self_attn)
+    attention = block.self_attn
     _check(is_plain(attention, OlmoeAttention))
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     weights = [_weight(linear, nn.Linear, dtype) for linear in linears]
@@ -169,7 +169,9 @@ def _ffn(ffn: nn.Module, dtype: torch.dtype) -> AddOutput:
     """What adds the output of an FFN. Raises _UnknownError."""
     if is_plain(ffn, DenseFFN):
         _check(isinstance(ffn.act_fn, (nn.SiLU, SiLUActivation)))
-        gate, up, down = (_weight(linear, nn.Linear, dtype) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+        gate, up, down = (
+            _weight(getattr(ffn, name), nn.Linear, dtype) for name in ("gate_proj", "up_proj", "down_proj")
+        )
         return lambda residual_ND, x_ND: decode.add_gated_ffn(residual_ND, x_ND, gate, up, down)
     _check(is_plain(ffn, MoEFFN))
     router, experts = cast(OlmoeTopKRouter, ffn.gate), cast(OlmoeExperts, ffn.experts)

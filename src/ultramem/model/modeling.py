@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.models.olmoe.modeling_olmoe import (
     OlmoeAttention,
@@ -334,7 +334,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
     ) -> None:
         """As in transformers; the cache that is made by default has room for all tokens (see `DecodingCache`)."""
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(  # type: ignore[no-untyped-call]
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         made = model_kwargs.get("past_key_values")
@@ -391,7 +391,7 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             and all(value is None or value is False for value in kwargs.values())
         )
         if plain_step and input_ids is not None and inputs_embeds is None and input_ids.shape[1] == 1:
-            logits = decode_step(self, input_ids, position_ids, attention_mask, past_key_values)
+            logits = decode_step(self, input_ids, position_ids, attention_mask, cast(DecodingCache, past_key_values))
             if logits is not None:
                 return UltraMemCausalLMOutput(logits=logits, past_key_values=past_key_values)
         outputs = self.model(

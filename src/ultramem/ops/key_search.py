@@ -53,9 +53,7 @@ def key_search_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of `key_search`: `product_topk` of all fine scores. Every backend must agree with it."""
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
-    return product_topk_reference(
-        row, col, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search
-    )
+    return product_topk_reference(row, col, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search)
 
 
 def _slot_keys(slots_NHK: Tensor, keys_H2Srd: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +85,14 @@ def _key_search(
         return scores, slots, fine
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
     scores, slots = product_topk_reference(
-        row, col, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search  # type: ignore[arg-type]
+        row,
+        col,
+        cores_CHrr,
+        row_direction_Hr,
+        col_direction_Hr,
+        top_k,
+        coarse_top_k,
+        search,  # type: ignore[arg-type]
     )
     rows, cols = _slot_keys(slots, keys_H2Srd)
     return scores, slots, torch.stack([take_keys(row, rows), take_keys(col, cols)], dim=3)
@@ -205,9 +210,7 @@ def _(query_shape, keys_shape, cores_shape, row, col, contracted, top_k, coarse_
     return query_shape[0] * (scores + search_flops)
 
 
-def contract_sides(
-    keys_H2Srd: Tensor, row_direction_Hr: Tensor, col_direction_Hr: Tensor, num_queries: int
-) -> Tensor:
+def contract_sides(keys_H2Srd: Tensor, row_direction_Hr: Tensor, col_direction_Hr: Tensor, num_queries: int) -> Tensor:
     """`contract_keys` of both sides: [2, H, S, Q·d]."""
     directions = (row_direction_Hr, col_direction_Hr)
     sides = [contract_keys(keys_H2Srd[:, side], directions[side], num_queries) for side in (0, 1)]

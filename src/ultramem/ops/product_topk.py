@@ -310,7 +310,5 @@ def product_topk(
     coarse_top_k = min(top_k, side) if coarse_top_k is None else coarse_top_k
     check_search(search, side, top_k, coarse_top_k)
     operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
-    scores, slots = torch.ops.ultramem.product_topk(
-        *operands, top_k, coarse_top_k, search, backends.requested(backend)
-    )
+    scores, slots = torch.ops.ultramem.product_topk(*operands, top_k, coarse_top_k, search, backends.requested(backend))
     return scores, slots
