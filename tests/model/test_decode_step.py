@@ -110,7 +110,7 @@ def test_greedy_text_is_that_of_the_models_own_forward(settings, steps):
     assert all(logits is not None for logits in steps)
     own = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **options)
     assert torch.equal(generated, own)
-    assert len(generated[0, 5:].unique()) > 1
+    assert len(generated[:, 5:].unique()) > 1
 
 
 def test_a_memory_that_looks_back_keeps_its_own_cache(steps):
@@ -265,7 +265,7 @@ def test_adapters_inside_a_memory_are_heard(path, steps):
     ours, own = both_ways(model, input_ids)
     assert_close(ours, own)
     # RMS-normed queries do not show their scale.
-    assert torch.allclose(ours, before, atol=1e-5) == (path == "query_proj")
+    assert torch.allclose(ours, before, atol=1e-3) == (path == "query_proj")
     assert all(logits is not None for logits in steps)
 
 

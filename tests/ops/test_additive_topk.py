@@ -88,7 +88,7 @@ def test_a_keys_gradient_is_the_sum_over_the_slots_that_it_is_part_of(search):
 @pytest.mark.parametrize("search", ["two_stage", "exact"])
 def test_registration_is_sound(search):
     sides = [side.requires_grad_() for side in make_scores(dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.ultramem.product_topk.default, (*sides, None, None, None, 4, 4, search, "auto"))
+    torch.library.opcheck(torch.ops.ultramem.product_topk.default, (*sides, None, None, None, 4, 4, search))
 
 
 @searches

@@ -124,7 +124,7 @@ def test_the_directions_carry_no_gradient():
 @pytest.mark.parametrize("search", ["two_stage", "signed", "exact"])
 def test_registration_is_sound(search):
     operands = [tensor.requires_grad_() for tensor in make_scores(dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.ultramem.product_topk.default, (*operands, 4, 4, search, "auto"))
+    torch.library.opcheck(torch.ops.ultramem.product_topk.default, (*operands, 4, 4, search))
 
 
 @pytest.mark.parametrize("search", ["two_stage", "signed", "exact"])

@@ -11,8 +11,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
+from ultramem.layers.additive_retrieval import AdditiveRetrieval
 from ultramem.layers.plain import apply_linear
-from ultramem.layers.retrieval import AdditiveRetrieval, Retrieved, TuckerRetrieval
+from ultramem.layers.retrieval import Retrieved, TuckerRetrieval
 from ultramem.layers.table import MemoryPool, RingWindow, window_side
 from ultramem.ops import Activation
 

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
+from ultramem.layers.additive_retrieval import AdditiveRetrieval
 from ultramem.layers.memory import MemoryConfig, MemoryLayer
-from ultramem.layers.retrieval import AdditiveRetrieval
 from ultramem.ops import product_topk_flops
 
 

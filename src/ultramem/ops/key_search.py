@@ -61,9 +61,8 @@ def _slot_keys(slots_NHK: Tensor, keys_H2Srd: Tensor) -> tuple[Tensor, Tensor]:
     return slots_NHK // side, slots_NHK % side
 
 
-@torch.library.custom_op("ultramem::key_search", mutates_args=())
 @without_autocast
-def _key_search(
+def _run(
     query_N2Qd: Tensor,
     keys_H2Srd: Tensor,
     cores_CHrr: Tensor,
@@ -79,9 +78,10 @@ def _key_search(
     if choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd) == backends.CPU:
         if contracted_2HSe is None:
             contracted_2HSe = contract_sides(keys_H2Srd, row_direction_Hr, col_direction_Hr, query_N2Qd.shape[2])
-        coarse = torch.bmm(query_N2Qd.flatten(2).transpose(0, 1), contracted_2HSe.flatten(1, 2).transpose(1, 2))
-        operands = (query_N2Qd.contiguous(), keys_H2Srd.contiguous(), coarse, cores_CHrr.contiguous())
-        scores, slots, fine = torch.ops.ultramem_cpu.key_search(*operands, top_k, coarse_top_k, search == "signed")
+        operands = (query_N2Qd, keys_H2Srd, contracted_2HSe, cores_CHrr)
+        scores, slots, fine = torch.ops.ultramem_cpu.key_search(
+            *(operand.contiguous() for operand in operands), top_k, coarse_top_k, search == "signed"
+        )
         return scores, slots, fine
     row, col = (fine_scores(query_N2Qd[:, side], keys_H2Srd[:, side]) for side in (0, 1))
     scores, slots = product_topk_reference(
@@ -98,8 +98,25 @@ def _key_search(
     return scores, slots, torch.stack([take_keys(row, rows), take_keys(col, cols)], dim=3)
 
 
+@torch.library.custom_op("ultramem::key_search", mutates_args=())
+def _key_search(
+    query_N2Qd: Tensor,
+    keys_H2Srd: Tensor,
+    cores_CHrr: Tensor,
+    row_direction_Hr: Tensor,
+    col_direction_Hr: Tensor,
+    contracted_2HSe: Tensor | None,
+    top_k: int,
+    coarse_top_k: int,
+    search: str,
+    backend: str = backends.AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (query_N2Qd, keys_H2Srd, cores_CHrr, row_direction_Hr, col_direction_Hr, contracted_2HSe)
+    return _run(*operands, top_k, coarse_top_k, search, backend)
+
+
 @_key_search.register_fake
-def _(query_N2Qd, keys_H2Srd, cores_CHrr, row_direction, col_direction, contracted, top_k, coarse_top_k, search, _):  # type: ignore[no-untyped-def]
+def _(query_N2Qd, keys_H2Srd, cores_CHrr, row_direction_Hr, col_direction_Hr, contracted, top_k, *_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, rank = query_N2Qd.shape[0], keys_H2Srd.shape[0], keys_H2Srd.shape[3]
     return (
         query_N2Qd.new_empty(num_tokens, num_heads, top_k, cores_CHrr.shape[0]),
@@ -118,7 +135,8 @@ def key_search_gradients(
     cores_CHrr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch definition of the gradients of queries, keys and cores; every backend must agree with it."""
-    *grad_sides, grad_cores = key_gradients(grad_scores_NHKC, *fine_NHK2r.unbind(3), cores_CHrr)
+    row_NHKr, col_NHKr = fine_NHK2r.unbind(3)
+    *grad_sides, grad_cores = key_gradients(grad_scores_NHKC, row_NHKr, col_NHKr, cores_CHrr)
     _, _, num_keys, rank, _ = keys_H2Srd.shape
     grad_queries, grad_keys = [], []
     for side, (gradient, chosen) in enumerate(zip(grad_sides, _slot_keys(slots_NHK, keys_H2Srd), strict=True)):
@@ -203,7 +221,7 @@ _key_search.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.ultramem.key_search)
-def _(query_shape, keys_shape, cores_shape, row, col, contracted, top_k, coarse_top_k, search, backend, **_):  # type: ignore[no-untyped-def]
+def _(query_shape, keys_shape, cores_shape, row, col, contracted, top_k, coarse_top_k, search, backend=None, **_):  # type: ignore[no-untyped-def]
     num_heads, _, side, rank, width = keys_shape
     scores = 2 * num_heads * 2 * side * rank * width
     search_flops = product_topk_flops(side, rank, num_heads, cores_shape[0], top_k, coarse_top_k, search)
@@ -263,16 +281,7 @@ def key_search(
             f"{tuple(keys_H2Srd.shape)}."
         )
     check_search(search, keys_H2Srd.shape[2], top_k, coarse_top_k)
-    scores, slots, _ = torch.ops.ultramem.key_search(
-        query_N2Qd,
-        keys_H2Srd,
-        cores_CHrr,
-        row_direction_Hr,
-        col_direction_Hr,
-        contracted_2HSe,
-        top_k,
-        coarse_top_k,
-        search,
-        backends.requested(backend),
-    )
+    operands = (query_N2Qd, keys_H2Srd, cores_CHrr, row_direction_Hr, col_direction_Hr, contracted_2HSe)
+    search_keys = _run if backends.runs_directly(*operands) else _key_search
+    scores, slots, _ = search_keys(*operands, top_k, coarse_top_k, search, backends.requested(backend))
     return scores, slots

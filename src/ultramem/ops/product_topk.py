@@ -179,8 +179,8 @@ def choose_search(operator: str, search: str, backend: str, *tensors: Tensor) ->
     return backends.choose(operator, backend, *tensors, available=(backends.CPU,))
 
 
-@torch.library.custom_op("ultramem::product_topk", mutates_args=())
-def _product_topk(
+@without_autocast
+def _run(
     row_scores_NHSr: Tensor,
     col_scores_NHSr: Tensor,
     cores_CHrr: Tensor | None,
@@ -198,8 +198,24 @@ def _product_topk(
     return product_topk_reference(*operands, top_k, coarse_top_k, search)  # type: ignore[arg-type]
 
 
+@torch.library.custom_op("ultramem::product_topk", mutates_args=())
+def _product_topk(
+    row_scores_NHSr: Tensor,
+    col_scores_NHSr: Tensor,
+    cores_CHrr: Tensor | None,
+    row_direction_Hr: Tensor | None,
+    col_direction_Hr: Tensor | None,
+    top_k: int,
+    coarse_top_k: int,
+    search: str,
+    backend: str = backends.AUTO,
+) -> tuple[Tensor, Tensor]:
+    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
+    return _run(*operands, top_k, coarse_top_k, search, backend)
+
+
 @_product_topk.register_fake
-def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, coarse_top_k, search, _):  # type: ignore[no-untyped-def]
+def _(row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr, top_k, *_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads = row_scores_NHSr.shape[:2]
     return (
         row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, 1 if cores_CHrr is None else cores_CHrr.shape[0]),
@@ -246,7 +262,7 @@ def _backward(ctx, grad_scores_NHKC: Tensor, _):  # type: ignore[no-untyped-def]
 
 
 @register_flop_formula(torch.ops.ultramem.product_topk)
-def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, backend, **_):  # type: ignore[no-untyped-def]
+def _(row_shape, col_shape, cores_shape, row_direction, col_direction, top_k, coarse_top_k, search, backend=None, **_):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, side, rank = row_shape
     num_cores = None if cores_shape is None else cores_shape[0]
     return num_tokens * product_topk_flops(side, rank, num_heads, num_cores, top_k, coarse_top_k, search)
@@ -310,5 +326,6 @@ def product_topk(
     coarse_top_k = min(top_k, side) if coarse_top_k is None else coarse_top_k
     check_search(search, side, top_k, coarse_top_k)
     operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
-    scores, slots = torch.ops.ultramem.product_topk(*operands, top_k, coarse_top_k, search, backends.requested(backend))
+    search_grid = _run if backends.runs_directly(*operands) else _product_topk
+    scores, slots = search_grid(*operands, top_k, coarse_top_k, search, backends.requested(backend))
     return scores, slots

@@ -9,14 +9,14 @@ TORCH_LIBRARY(ultramem_cpu, m) {
   m.def("gather_dot", &ultramem::gather_dot);
   m.def("bag", &ultramem::bag);
   m.def("pooled_read", &ultramem::pooled_read);
+  m.def("product_topk", &ultramem::product_topk);
+  m.def("key_search", &ultramem::key_search);
+  m.def("key_search_backward", &ultramem::key_search_backward);
   m.def("scatter", &ultramem::scatter);
   m.def(
       "sum_rows(Tensor[] idx, Tensor[] w, Tensor[] x, Tensor?[] block, int[] num_blocks, int num_rows, int width) -> "
       "(Tensor, Tensor)",
       &ultramem::sum_rows);
-  m.def("product_topk", &ultramem::product_topk);
-  m.def("key_search", &ultramem::key_search);
-  m.def("key_search_backward", &ultramem::key_search_backward);
   m.def("advise_huge_pages", &ultramem::advise_huge_pages);
   m.def("rms_norm", &ultramem::rms_norm);
   m.def("linear", &ultramem::linear);

@@ -32,10 +32,9 @@ void add_tucker_memory(const at::Tensor& residual, const at::Tensor& x, const at
                        const std::optional<at::Tensor>& pre_weight, std::string_view activation, int64_t num_blocks,
                        const at::Tensor& out_weight) {
   const int64_t num_tokens = x.size(0), query_width = query_weight.size(0), key_width = query_gain.size(0);
-  const int64_t side_width = query_width / 2, num_queries = side_width / key_width;
+  const int64_t num_queries = query_width / (2 * key_width);
   const at::Tensor query = at::empty({num_tokens, 2, num_queries, key_width}, x.options());
   const at::Tensor pre = pre_weight ? at::empty({num_tokens, pre_weight->size(0)}, x.options()) : at::Tensor();
-  const at::Tensor coarse = at::empty({2, num_tokens, contracted.size(1) * contracted.size(2)}, x.options());
   float* queries = query.mutable_data_ptr<float>();
   with_float_type(query_weight, [&](auto* data) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
@@ -48,14 +47,8 @@ void add_tucker_memory(const at::Tensor& residual, const at::Tensor& x, const at
     for (int64_t i = 0; i < num_tokens * 2 * num_queries; ++i)
       normalize(queries + i * key_width, gain, key_width, static_cast<float>(epsilon), queries + i * key_width);
   });
-  for (int64_t side = 0; side < 2; ++side) {
-    const Activations halves(queries + side * side_width, num_tokens, side_width, query_width);
-    const int64_t num_keys = coarse.size(2);
-    multiply<float>(halves, {{contracted.const_data_ptr<float>() + side * num_keys * side_width, nullptr, num_keys,
-                              coarse.mutable_data_ptr<float>() + side * num_tokens * num_keys, num_keys, false}});
-  }
   const auto [scores, slots, fine] =
-      key_search(query, keys, coarse, cores.to(at::kFloat), top_k, coarse_top_k, is_signed);
+      key_search(query, keys, contracted, cores.to(at::kFloat), top_k, coarse_top_k, is_signed);
   const at::Tensor rows = at::empty({num_tokens, slots.size(1) * slots.size(2)}, slots.options());
   const at::Tensor blocks = at::empty_like(rows);
   find_rows(slots, permutation, window_offset, window_size, values.size(0), rows.mutable_data_ptr<int64_t>(),

@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> product_topk(const at::Tensor& rows, const at
                                                 int64_t coarse_top_k, bool is_signed);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search(const at::Tensor& query, const at::Tensor& keys,
-                                                          const at::Tensor& coarse, const at::Tensor& cores,
+                                                          const at::Tensor& contracted, const at::Tensor& cores,
                                                           int64_t top_k, int64_t coarse_top_k, bool is_signed);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search_backward(const at::Tensor& grad_scores,

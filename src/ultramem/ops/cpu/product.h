@@ -84,23 +84,17 @@ inline void multiply_rows(const float* x, int64_t x_stride, int64_t num_tokens, 
 // Activations [N, width] in fp32, whose rows can be read in whole vectors: beyond the width they are zero.
 class Activations {
  public:
-  Activations(const float* x, int64_t num_tokens, int64_t width) : Activations(x, num_tokens, width, width) {}
-
-  Activations(const float* x, int64_t num_tokens, int64_t width, int64_t x_stride)
-      : num_tokens(num_tokens),
-        width(width),
-        padded_width((width + kLanes - 1) / kLanes * kLanes),
-        stride(padded_width == width ? x_stride : padded_width),
-        data(x) {
-    if (padded_width == width) return;
+  Activations(const float* x, int64_t num_tokens, int64_t width)
+      : num_tokens(num_tokens), width(width), stride((width + kLanes - 1) / kLanes * kLanes), data(x) {
+    if (stride == width) return;
     padded_.resize(num_tokens * stride);
     for (int64_t token = 0; token < num_tokens; ++token)
-      std::copy_n(x + token * x_stride, width, padded_.data() + token * stride);
+      std::copy_n(x + token * width, width, padded_.data() + token * stride);
     data = padded_.data();
   }
   Activations(const Activations&) = delete;
 
-  const int64_t num_tokens, width, padded_width, stride;
+  const int64_t num_tokens, width, stride;
   const float* data;
 
  private:
@@ -111,19 +105,19 @@ class Activations {
 template <class T>
 inline void multiply_block(const Activations& x, const T* w, int64_t num_rows, float* out, int64_t out_stride,
                            bool add) {
-  if (num_rows == kBlockRows && x.padded_width == x.width && x.num_tokens <= kTileTokens) {
+  if (num_rows == kBlockRows && x.stride == x.width && x.num_tokens <= kTileTokens) {
     // Each weight is used by few tiles: widen it in registers.
     multiply_rows<true>(x.data, x.stride, x.num_tokens, w, x.width, x.width, out, out_stride, add);
     return;
   }
-  const int64_t num_parts = (x.padded_width + kBlockWidth - 1) / kBlockWidth;
-  const int64_t part = (x.padded_width / kLanes + num_parts - 1) / num_parts * kLanes;
+  const int64_t num_parts = (x.stride + kBlockWidth - 1) / kBlockWidth;
+  const int64_t part = (x.stride / kLanes + num_parts - 1) / num_parts * kLanes;
   alignas(64) float copy[kBlockRows * kBlockWidth];
   std::vector<float> whole(num_rows < kBlockRows ? x.num_tokens * kBlockRows : 0);
   float* to_out = whole.empty() ? out : whole.data();
   const int64_t stride = whole.empty() ? out_stride : kBlockRows;
-  for (int64_t start = 0; start < x.padded_width; start += part) {
-    const int64_t padded = std::min(part, x.padded_width - start), real = std::min(part, x.width - start);
+  for (int64_t start = 0; start < x.stride; start += part) {
+    const int64_t padded = std::min(part, x.stride - start), real = std::min(part, x.width - start);
     for (int64_t row = 0; row < kBlockRows; ++row) {
       float* to = copy + row * part;
       int64_t i = 0;

@@ -14,6 +14,10 @@ namespace {
 
 using at::Tensor;
 
+// Tokens whose coarse scores are made at a time: they stay in the L2 cache. Fixed, so that results do not depend on the
+// number of threads.
+constexpr int64_t kTokensPerBlock = 64;
+
 void check_size(int64_t coarse_top_k) {
   TORCH_CHECK_VALUE(coarse_top_k <= kMostCandidates, "the CPU search takes coarse_top_k up to ", kMostCandidates, ", got ",
                     coarse_top_k, "; ask for backend 'reference'.");
@@ -70,9 +74,10 @@ std::tuple<Tensor, Tensor> product_topk(const Tensor& rows, const Tensor& cols, 
   return {scores, slots};
 }
 
-// The search from keys: coarse scores [2, N, H, S] choose, and only the chosen keys [H, 2, S, r, d] meet the queries
-// [N, 2, Q, d]. Also returns the fine scores of the selected keys [N, H, K, 2, r], which the gradients need.
-std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor& keys, const Tensor& coarse,
+// The search from keys [H, 2, S, r, d]: queries [N, 2, Q, d] times contracted keys [2, H, S, Q·d] are the coarse scores,
+// which choose; only the chosen keys meet the queries rank by rank. Also returns the fine scores of the selected keys
+// [N, H, K, 2, r], which the gradients need.
+std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor& keys, const Tensor& contracted,
                                               const Tensor& cores, int64_t top_k, int64_t coarse_top_k, bool is_signed) {
   check_size(coarse_top_k);
   const int64_t num_tokens = query.size(0), num_queries = query.size(2), width = query.size(3);
@@ -80,29 +85,38 @@ std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor&
   const Sizes sizes{static_cast<int>(side), static_cast<int>(rank), static_cast<int>(num_cores), static_cast<int>(top_k),
                     static_cast<int>(coarse_top_k), is_signed, false};
   const Tensor core_sum = cores.sum(0).contiguous();
+  const Tensor queries = query.view({num_tokens, 2, num_queries * width});
+  const Tensor transposed = contracted.flatten(1, 2).transpose(1, 2);
   Tensor scores = at::empty({num_tokens, num_heads, top_k, num_cores}, query.options());
   Tensor slots = at::empty({num_tokens, num_heads, top_k}, query.options().dtype(at::kLong));
   Tensor fine = at::empty({num_tokens, num_heads, top_k, 2, rank}, query.options());
   const float *query_data = query.const_data_ptr<float>(), *key_data = keys.const_data_ptr<float>();
-  const float *coarse_data = coarse.const_data_ptr<float>(), *core_data = cores.const_data_ptr<float>();
-  const float* sum_data = core_sum.const_data_ptr<float>();
+  const float *sum_data = core_sum.const_data_ptr<float>(), *core_data = cores.const_data_ptr<float>();
   auto *slots_out = slots.mutable_data_ptr<int64_t>();
   auto *scores_out = scores.mutable_data_ptr<float>(), *fine_out = fine.mutable_data_ptr<float>();
-  at::parallel_for(0, num_tokens * num_heads, 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (num_tokens + kTokensPerBlock - 1) / kTokensPerBlock, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd guard;
     GridSearch search(sizes);
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t token = n / num_heads, head = n % num_heads;
-      for (int64_t s : {0, 1}) {
-        search.choose(s, coarse_data + ((s * num_tokens + token) * num_heads + head) * side);
-        for (int64_t p = 0; p < rank; ++p) {
-          const float* x = query_data + ((token * 2 + s) * num_queries + (num_queries == 1 ? 0 : p)) * width;
-          const float* matrix = key_data + ((head * 2 + s) * side * rank + p) * width;
-          dot_rows(x, matrix, rank * width, width, search.candidates[s].data(), coarse_top_k, search.fine_scores(s, p));
+    for (int64_t first = begin * kTokensPerBlock; first < std::min(end * kTokensPerBlock, num_tokens);
+         first += kTokensPerBlock) {
+      const int64_t count = std::min(kTokensPerBlock, num_tokens - first);
+      Tensor coarse[2];
+      for (int s : {0, 1}) coarse[s] = at::mm(queries.narrow(0, first, count).select(1, s), transposed.select(0, s));
+      for (int64_t n = first * num_heads; n < (first + count) * num_heads; ++n) {
+        const int64_t token = n / num_heads, head = n % num_heads;
+        for (int64_t s : {0, 1}) {
+          search.choose(s, coarse[s].const_data_ptr<float>() + (n - first * num_heads) * side);
+          for (int64_t p = 0; p < rank; ++p) {
+            const float* x = query_data + ((token * 2 + s) * num_queries + (num_queries == 1 ? 0 : p)) * width;
+            const float* matrix = key_data + ((head * 2 + s) * side * rank + p) * width;
+            dot_rows(x, matrix, rank * width, width, search.candidates[s].data(), coarse_top_k,
+                     search.fine_scores(s, p));
+          }
         }
+        search.search(sum_data + head * rank * rank);
+        search.write(core_data + head * rank * rank, num_heads * rank * rank, slots_out + n * top_k,
+                     scores_out + n * top_k * num_cores, fine_out + n * top_k * 2 * rank);
       }
-      search.search(sum_data + head * rank * rank);
-      search.write(core_data + head * rank * rank, num_heads * rank * rank, slots_out + n * top_k,
-                   scores_out + n * top_k * num_cores, fine_out + n * top_k * 2 * rank);
     }
   });
   return {scores, slots, fine};
