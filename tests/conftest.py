@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ultramem.ops import use_backend
+
 # Tests time out by their suite, not by example: the first example of a test compiles and imports.
 settings.register_profile("ultramem", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("ultramem")
@@ -12,6 +14,13 @@ settings.load_profile("ultramem")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request):
+    """Run a test's operators on kernels where they can run, then on the plain PyTorch reference."""
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

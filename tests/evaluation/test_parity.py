@@ -34,6 +34,7 @@ def test_all_fifteen_fixtures_are_here():
     assert {layer: layers.count(layer) for layer in layers} == numbers
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_published_fixture(path):
     report = check_fixture(path)

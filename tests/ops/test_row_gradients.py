@@ -9,6 +9,8 @@ import torch
 from tolerances import assert_close
 from ultramem.ops import RowGradients, bag, gather_dot
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # tokens, selected, rows, width, cores, blocks
 SIZES = [(5, 3, 11, 6, 1, 1), (7, 4, 3, 6, 2, 1), (4, 5, 13, 6, 3, 4)]
 

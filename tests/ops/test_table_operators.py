@@ -9,6 +9,8 @@ from naive_operators import naive_bag, naive_gather_dot, naive_scatter
 from tolerances import assert_close
 from ultramem.ops import bag, gather_dot, scatter
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 OPERATORS = ["bag", "gather_dot", "scatter"]
 # tokens, selected, rows, width, cores, blocks
 SIZES = [(5, 3, 11, 6, 1, 1), (7, 4, 3, 6, 2, 1), (4, 5, 13, 9, 3, 4), (1, 1, 1, 1, 1, 1), (3, 7, 2, 5, 1, 9)]

@@ -28,6 +28,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # Plain module state: torch.compile guards on it, as it cannot on a context variable.
 _chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
 _logged: set[str] = set()
+# Why a backend cannot run on this machine, or None, as far as it was asked.
+_reasons: dict[str, str | None] = {}
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @contextmanager
@@ -80,13 +83,12 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
         return REFERENCE
     device = tensors[0].device.type
     if backend == AUTO:
-        fitting = [name for name in available if _DEVICES[name] == device]
-        if not fitting or _why_not_tensors(fitting[0], tensors):
-            return REFERENCE
-        if reason := _why_not_here(fitting[0]):
-            _log_once(f"operators run on their plain PyTorch reference, several times slower: {reason}")
-            return REFERENCE
-        return fitting[0]
+        for name in available:
+            if _DEVICES[name] == device and not _why_not_tensors(name, tensors):
+                if not (reason := _why_not_here(name)):
+                    return name
+                _log_once(f"operators run on their plain PyTorch reference, several times slower: {reason}")
+        return REFERENCE
     if backend not in available:
         reason = f"{operator} has no {backend} kernel"
     else:
@@ -99,18 +101,19 @@ def choose(operator: str, backend: str, *tensors: Tensor, available: tuple[str, 
     return backend
 
 
-def runs_directly(*tensors: Tensor | None) -> bool:
+def runs_directly(*tensors: Tensor) -> bool:
     """Whether a kernel may be called past PyTorch's dispatcher of custom operators, which costs more than small reads.
 
     True where nothing has to see the call: no gradient, no compilation, no tensor subclass, no dispatch mode.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    # Loops and no generators here and below: one token's read is as short as ten of these calls.
     grad = torch.is_grad_enabled()
-    return all(
-        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not (grad and tensor.requires_grad))
-        for tensor in tensors
-    )
+    for tensor in tensors:  # noqa: SIM110
+        if type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad):
+            return False
+    return True
 
 
 def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -118,7 +121,10 @@ def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     device = tensors[0].device.type
     if _DEVICES[backend] != device:
         return f"its kernels are for {_DEVICES[backend]} tensors, these are on {device}"
-    if tensors[0].dtype not in KERNEL_DTYPES or any(tensor.dtype == torch.float64 for tensor in tensors[1:]):
+    wrong = tensors[0].dtype not in KERNEL_DTYPES
+    for tensor in tensors:
+        wrong = wrong or tensor.dtype is torch.float64
+    if wrong:
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         return f"its kernels are for float32 and bfloat16, the operands are {names}"
     return None
@@ -126,12 +132,12 @@ def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
 
 def _why_not_here(backend: str) -> str | None:
     """Why a backend cannot run on this machine, or None. The kernels are built or loaded on the first call."""
-    try:
-        package = importlib.import_module(_PACKAGES[backend])
-    except ImportError as error:
-        return str(error)
-    reason: str | None = package.why_unavailable()
-    return reason
+    if backend not in _reasons:
+        try:
+            _reasons[backend] = importlib.import_module(_PACKAGES[backend]).why_unavailable()
+        except ImportError as error:
+            _reasons[backend] = str(error)
+    return _reasons[backend]
 
 
 def _log_once(message: str) -> None:

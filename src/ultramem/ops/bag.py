@@ -39,7 +39,7 @@ def _run(
     idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, backend: str
 ) -> Tensor:
     if choose("bag", backend, table_RV, w_NKC, available=(CPU,)) == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.bag(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
+        out: Tensor = torch.ops.ultramem_cpu.bag.default(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
         return out
     # bf16 tables stay with the reference: ATen rounds their weights to bf16.
     if block_NK is None and table_RV.dtype == torch.float32 and idx_NK.numel():

@@ -41,7 +41,7 @@ def _run(
     backend: str,
 ) -> Tensor:
     if choose("gather_dot", backend, table_RV, x_NV, available=(CPU,)) == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+        out: Tensor = torch.ops.ultramem_cpu.gather_dot.default(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
         return out
     return gather_dot_reference(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
 

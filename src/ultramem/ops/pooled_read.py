@@ -58,7 +58,7 @@ def _run(
     operands = (values_RV, scores_NKC, x_NU, pre_values_RU)
     same_dtype = values_RV.dtype == pre_values_RU.dtype
     if same_dtype and choose("pooled_read", backend, *operands) == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.pooled_read(
+        out: Tensor = torch.ops.ultramem_cpu.pooled_read.default(
             idx_NK, scores_NKC, values_RV, x_NU, pre_values_RU, activation or "", block_NK, num_blocks
         )
         return out
@@ -136,7 +136,7 @@ def pooled_read(
     """
     scores_NKC = with_cores(scores, idx_NK, "pooled_read")
     check_operands("pooled_read", idx_NK, x_NU, values_RV.shape[1], scores_NKC.shape[2], block_NK, num_blocks)
-    if x_NU.ndim != 2 or x_NU.shape[1] != pre_values_RU.shape[1] or len(pre_values_RU) != len(values_RV):
+    if x_NU.ndim != 2 or pre_values_RU.shape != (values_RV.shape[0], x_NU.shape[1]):
         raise ValueError(
             f"pooled_read: x_NU and pre_values_RU must have one width, and pre_values_RU a row for each of the "
             f"{len(values_RV)} values; got {tuple(x_NU.shape)} and {tuple(pre_values_RU.shape)}."

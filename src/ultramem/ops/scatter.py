@@ -50,7 +50,7 @@ def _run(
     backend: str,
 ) -> Tensor:
     if choose("scatter", backend, x_NV, w_NKC, available=(CPU,)) == CPU:
-        out: Tensor = torch.ops.ultramem_cpu.scatter(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
+        out: Tensor = torch.ops.ultramem_cpu.scatter.default(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
         return out
     return scatter_reference(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
 

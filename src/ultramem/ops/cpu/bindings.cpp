@@ -17,7 +17,7 @@ TORCH_LIBRARY(ultramem_cpu, m) {
       "sum_rows(Tensor[] idx, Tensor[] w, Tensor[] x, Tensor?[] block, int[] num_blocks, int num_rows, int width) -> "
       "(Tensor, Tensor)",
       &ultramem::sum_rows);
-  m.def("advise_huge_pages", &ultramem::advise_huge_pages);
+  m.def("keep_in_huge_pages", &ultramem::keep_in_huge_pages);
   m.def("rms_norm", &ultramem::rms_norm);
   m.def("linear", &ultramem::linear);
   m.def("add_attention", &ultramem::add_attention);

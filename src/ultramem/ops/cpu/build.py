@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -50,7 +51,7 @@ def _try_to_load() -> str | None:
         _load()
     except OSError as error:
         return f"the C++ kernels cannot be built or loaded: {error}"
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, subprocess.SubprocessError) as error:
         return f"the C++ kernels cannot be built: {_first_line(str(error))}"
     return None
 

@@ -6,14 +6,12 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <optional>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace ultramem {
 
@@ -30,47 +28,50 @@ typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
-template <class T, class P>
-inline T load_bits(const P* from) {
-  T bits;
-  std::memcpy(&bits, from, sizeof(T));  // rows need not be aligned
-  return bits;
-}
+// The same where memory need not be aligned to whole vectors. They alias nothing but numbers, unlike memcpy, after which
+// compilers reload everything from memory.
+typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint16_t LooseHalves __attribute__((vector_size(kLanes * 2), aligned(2)));
 
-inline Floats load(const float* from) { return load_bits<Floats>(from); }
+inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 
 inline Floats load(const at::BFloat16* from) {
   // A bf16 number is the upper half of the fp32 number.
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(&from->x);
 #if defined(__AVX512F__)
   // GCC 12 makes two conversions of eight numbers and their concatenation out of one of sixteen.
-  return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)load_bits<Halves>(from)) << 16);
+  return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
 #else
-  return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
 #endif
 }
 
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const at::BFloat16* from) { return static_cast<float>(*from); }
 
-inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
 // Sum of the lanes, in a fixed order.
 inline float sum(Floats value) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &value, sizeof lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(value);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (value[0] + value[2]) + (value[1] + value[3]);
+#endif
 }
 
-// Ask for a row to be brought to the second cache: the first has too few slots for outstanding lines, and stalls. One
-// request per pair of lines is enough, the hardware fetches the other. A wrong address is ignored.
+// Ask for a row to be brought to the second cache: the first has too few slots for outstanding lines, and stalls. A
+// wrong address is ignored.
 inline void prefetch(const void* from, int64_t num_bytes) {
-  constexpr int64_t kLinePairBytes = 128;
+  constexpr int64_t kCacheLineBytes = 64;
   const char* line = static_cast<const char*>(from);
-  for (int64_t offset = 0; offset < num_bytes; offset += kLinePairBytes) __builtin_prefetch(line + offset, 0, 2);
+  for (int64_t offset = 0; offset < num_bytes; offset += kCacheLineBytes) __builtin_prefetch(line + offset, 0, 2);
 }
 
 // Call `body(lower, upper)` over parts of `num_tokens`, in parallel where the work pays for waking the threads.

@@ -30,7 +30,8 @@ std::tuple<at::Tensor, at::Tensor> sum_rows(const std::vector<at::Tensor>& idx, 
                                             const c10::List<std::optional<at::Tensor>>& block,
                                             const std::vector<int64_t>& num_blocks, int64_t num_rows, int64_t width);
 
-int64_t advise_huge_pages(const at::Tensor& table);
+// Ask the system to hold a large table in huge pages. Returns the bytes that it was asked for: 0 the second time.
+int64_t keep_in_huge_pages(const at::Tensor& table);
 
 std::tuple<at::Tensor, at::Tensor> product_topk(const at::Tensor& rows, const at::Tensor& cols,
                                                 const std::optional<at::Tensor>& cores,

@@ -14,7 +14,11 @@ namespace ultramem {
 namespace {
 
 // A table whose rows are contiguous.
-at::Tensor with_plain_rows(const at::Tensor& table) { return table.stride(1) == 1 ? table : table.contiguous(); }
+at::Tensor with_plain_rows(const at::Tensor& table) {
+  if (table.stride(1) != 1) return table.contiguous();
+  keep_in_huge_pages(table);
+  return table;
+}
 
 at::Tensor as_floats(const at::Tensor& operand) { return operand.to(at::kFloat).contiguous(); }
 
@@ -34,7 +38,7 @@ void with_lookup(const Indices& indices, const at::Tensor& rows, int64_t num_blo
 
 // Run `visit(token, entry, count)` over a part of the tokens, after checking its indices, with rows prefetched.
 template <class L, class Visit>
-void for_prefetched_groups(const L& lookup, int64_t first, int64_t last, const Visit& visit) {
+inline void for_prefetched_groups(const L& lookup, int64_t first, int64_t last, const Visit& visit) {
   check_entries(lookup.idx, lookup.block, first, last, lookup.num_rows, lookup.num_blocks);
   const int64_t ahead = lookup.entries_ahead();
   for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) lookup.prefetch_row(entry);
@@ -59,22 +63,22 @@ float activate(float value, Activation activation) {
   return activation == Activation::kRelu ? std::max(value, 0.0f) : value;
 }
 
-// The fused read of the entries in [first, last), of whole tokens. Runs of slots are dotted with the pre-values, then
-// pooled while their weights are in the first cache. Rows are prefetched in the order of use: pre-values of a run, its
-// values, pre-values of the next run.
+// The fused read of the entries in [first, last), of whole tokens. Runs of slots, of several tokens where these have
+// few, are dotted with the pre-values, then pooled while their weights are in the first cache. Rows are prefetched in
+// the order of use: pre-values of a run, its values, pre-values of the next run.
 template <class L>
-void read_entries(const L& values, const L& pre, int64_t first, int64_t last, const float* x, const float* scores,
+void read_entries(const L values, const L pre, int64_t first, int64_t last, const float* x, const float* scores,
                   Activation activation, float* out) {
-  constexpr int64_t kRun = 32;
+  constexpr int64_t kRun = 256;
   check_entries(values.idx, values.block, first, last, values.num_rows, values.num_blocks);
   const int64_t cores = values.num_cores, out_width = values.num_blocks * values.width;
-  const int64_t ahead = std::min(kRun, pre.entries_ahead());
-  std::vector<float> weights(kRun * cores);
+  const int64_t ahead = pre.entries_ahead();
+  std::vector<float> factors(kRun), weights(kRun * cores);
   for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) pre.prefetch_row(entry);
   for (int64_t start = first; start < last; start += kRun) {
     const int64_t end = std::min(start + kRun, last);
     // Prefetch what is used `ahead` rows after `entry`, here or in the run of the other table that follows.
-    const auto prefetch_group = [&](const L& here, const L& next, int64_t next_start, int64_t entry, int count) {
+    const auto prefetch_group = [=](const L& here, const L& next, int64_t next_start, int64_t entry, int count) {
       for (int64_t i = entry + ahead; i < entry + ahead + count; ++i) {
         if (i < end)
           here.prefetch_row(i);
@@ -82,19 +86,19 @@ void read_entries(const L& values, const L& pre, int64_t first, int64_t last, co
           next.prefetch_row(next_start + (i - end));
       }
     };
-    pre.for_groups(start, end, [&](int64_t token, int64_t entry, int count) {
+    float *dots = factors.data(), *slot_weights = weights.data();
+    pre.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
       prefetch_group(pre, values, start, entry, count);
-      float factors[kRowsAtOnce];
-      pre.dot(entry, count, x + token * pre.width, factors);
-      for (int j = 0; j < count; ++j) {
-        const float factor = activate(factors[j], activation);
-        for (int64_t core = 0; core < cores; ++core)
-          weights[(entry + j - start) * cores + core] = scores[(entry + j) * cores + core] * factor;
-      }
+      pre.dot(entry, count, x + token * pre.width, dots + (entry - start));
     });
-    values.for_groups(start, end, [&](int64_t token, int64_t entry, int count) {
+    for (int64_t entry = start; entry < end; ++entry) {
+      const float factor = activate(dots[entry - start], activation);
+      for (int64_t core = 0; core < cores; ++core)
+        slot_weights[(entry - start) * cores + core] = scores[entry * cores + core] * factor;
+    }
+    values.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
       prefetch_group(values, pre, end, entry, count);
-      values.pool(entry, count, weights.data() + (entry - start) * cores, out + token * out_width);
+      values.pool(entry, count, slot_weights + (entry - start) * cores, out + token * out_width);
     });
   }
 }
@@ -111,8 +115,12 @@ at::Tensor gather_dot(const at::Tensor& idx, const at::Tensor& x, const at::Tens
   with_lookup(indices, rows, num_blocks, num_cores, [&](const auto& lookup) {
     const int64_t slots = lookup.num_selected, x_width = num_blocks * lookup.width;
     for_tokens(idx.size(0), slots * lookup.width, [&](int64_t lower, int64_t upper) {
-      for_prefetched_groups(lookup, lower * slots, upper * slots, [&](int64_t token, int64_t entry, int count) {
-        lookup.dot(entry, count, x_data + token * x_width, out_data + entry * num_cores);
+      // Copies that live in registers; what a reference leads to is read again after each store.
+      const auto own = lookup;
+      const float* x_own = x_data;
+      float* out_own = out_data;
+      for_prefetched_groups(own, lower * slots, upper * slots, [=](int64_t token, int64_t entry, int count) {
+        own.dot(entry, count, x_own + token * x_width, out_own + entry * own.num_cores);
       });
     });
   });
@@ -130,9 +138,12 @@ at::Tensor bag(const at::Tensor& idx, const at::Tensor& w, const at::Tensor& tab
   with_lookup(indices, rows, num_blocks, num_cores, [&](const auto& lookup) {
     const int64_t slots = lookup.num_selected;
     for_tokens(idx.size(0), slots * lookup.width, [&](int64_t lower, int64_t upper) {
-      std::fill(out_data + lower * out_width, out_data + upper * out_width, 0.0f);
-      for_prefetched_groups(lookup, lower * slots, upper * slots, [&](int64_t token, int64_t entry, int count) {
-        lookup.pool(entry, count, w_data + entry * num_cores, out_data + token * out_width);
+      const auto own = lookup;
+      const float* w_own = w_data;
+      float* out_own = out_data;
+      std::fill(out_own + lower * out_width, out_own + upper * out_width, 0.0f);
+      for_prefetched_groups(own, lower * slots, upper * slots, [=](int64_t token, int64_t entry, int count) {
+        own.pool(entry, count, w_own + entry * own.num_cores, out_own + token * out_width);
       });
     });
   });

@@ -58,7 +58,7 @@ struct Lookup {
   void prefetch_row(int64_t entry) const { prefetch(row(entry), row_bytes()); }
 
   // How far ahead to prefetch: enough bytes to cover the latency of memory, few enough to stay in the second cache.
-  int64_t entries_ahead() const { return std::clamp<int64_t>(12288 / std::max<int64_t>(1, row_bytes()), 8, 64); }
+  int64_t entries_ahead() const { return std::clamp<int64_t>(24576 / std::max<int64_t>(1, row_bytes()), 8, 128); }
 
   // Call `visit(token, entry, count)` on groups of neighbouring entries in [first, last), each inside one token.
   template <class Visit>
