@@ -286,7 +286,7 @@ def test_without_kernels_the_text_is_the_same(how, steps, monkeypatch):
     expected = model.generate(prompt, **options)
     steps.clear()
     if how == "no compiler":
-        monkeypatch.setattr("ultramem.ops.cpu.why_unavailable", lambda: "there is no C++ compiler")
+        monkeypatch.setattr("ultramem.ops.backends._why_not_here", lambda backend: "there is no C++ compiler")
     with use_backend("auto" if how == "no compiler" else "reference"):
         assert torch.equal(model.generate(prompt, **options), expected)
     assert steps == [None] * 7

@@ -224,7 +224,7 @@ def test_where_the_kernels_cannot_stand_in():
 
 
 def test_kernels_that_were_asked_for_and_cannot_be_built_are_an_error(monkeypatch):
-    monkeypatch.setattr("ultramem.ops.cpu.why_unavailable", lambda: "there is no C++ compiler")
+    monkeypatch.setattr("ultramem.ops.backends._why_not_here", lambda backend: "there is no C++ compiler")
     with pytest.raises(BackendError, match="there is no C\\+\\+ compiler"):
         decode.runs_on_kernels(torch.empty(4, 4))
     with use_backend("auto"):

@@ -28,9 +28,11 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     Returns:
         [..., O] in the dtype of ``x``.
     """
-    weight = cast(Tensor, module.weight)
-    if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
+    weight = getattr(module, "weight", None)
+    wider = x.dtype == torch.float32 and weight is not None and weight.dtype == torch.bfloat16
+    if not wider or torch.is_autocast_enabled(x.device.type):
         return cast(Tensor, module(x))
+    assert weight is not None
     if is_plain(module, nn.Linear) and decode.runs_on_kernels(weight):
         return decode.linear(x, weight, cast(Tensor | None, module.bias))
     return cast(Tensor, module(x.to(weight.dtype))).to(x.dtype)

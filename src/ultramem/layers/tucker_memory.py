@@ -172,9 +172,10 @@ class TuckerMemory(MemoryLayer):
         """As of every memory; in one kernel where all parts of the layer are what they were built as."""
         retrieval, pre_proj = self.retrieval, self.pre_proj
         linears = [linear for linear in (retrieval.query_proj, pre_proj, self.out_proj) if linear is not None]
-        weights = [linear.weight for linear in linears]
+        plain = not self.training and all(is_plain(linear, nn.Linear) for linear in linears)
+        weights = [linear.weight for linear in linears] if plain else []
         if (
-            not all(is_plain(linear, nn.Linear) for linear in linears)
+            not plain
             or not all(is_plain(module, type(module)) for module in (self, retrieval, pool))
             or not all(decode.runs_on_kernels(weight) for weight in (*weights, pool.values))
             or len({tensor.dtype for tensor in (*weights, retrieval.query_norm)}) > 1
