@@ -2,10 +2,12 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -37,6 +39,7 @@ def generate_stream(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """Continue a prompt.
 
@@ -51,6 +54,7 @@ def generate_stream(
         temperature: 0 always takes the likeliest token; larger values draw from softmax(logits / temperature).
         top_p: draw from the smallest set of tokens whose probabilities sum to this, in (0, 1].
         seed: of the draws (PyTorch's global generator is seeded); None leaves the generator as it is.
+        compiled: compile the model for this generation (`torch.compile`), in place of our kernels for CPUs.
 
     Yields:
         Pieces of the continuation, without the prompt, at least a word at a time where words are separated by blanks.
@@ -59,26 +63,51 @@ def generate_stream(
     Raises:
         ConfigError: a value is out of range, or the prompt is no valid text or leaves no position for a new token.
     """
-    _check_options(prompt, max_new_tokens, temperature, top_p, seed)
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    num_positions = model.config.max_position_embeddings
-    if len(ids) >= num_positions:
-        raise ConfigError(
-            f"the prompt is {len(ids)} tokens long, but the model has {num_positions} positions "
-            f"(max_position_embeddings) for the prompt and its continuation: shorten the prompt to at most "
-            f"{num_positions - 1} tokens."
-        )
-    return _run(model, tokenizer, ids, min(max_new_tokens, num_positions - len(ids)), temperature, top_p, seed)
+    _check_options(max_new_tokens, temperature, top_p, seed)
+    ids = _encode(model, tokenizer, prompt)
+    options = _options(model, tokenizer, max_new_tokens, len(ids), temperature, top_p, compiled)
+    return _run(model, tokenizer, ids, options, seed)
 
 
-def _check_options(prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"cannot generate with max_new_tokens {max_new_tokens}, temperature {temperature} and top_p {top_p}: give "
-            f"at least 1 new token, a finite temperature of 0 (greedy) or more, and a top_p above 0 and at most 1."
-        )
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ConfigError(f"seed {seed} is out of range: give a whole number from 0 to {2**64 - 1}.")
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    compiled: bool = False,
+) -> list[str]:
+    """Continue several prompts at once, each as if it were alone; arguments and errors as of `generate_stream`.
+
+    Greedy continuations are those of each prompt alone, up to rounding; sampled ones depend on the batch, whose rows
+    share one generator. The longest prompt decides where the model's positions end.
+
+    Returns:
+        The continuations, without the prompts, in their order.
+    """
+    _check_options(max_new_tokens, temperature, top_p, seed)
+    rows = [_encode(model, tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    options = _options(model, tokenizer, max_new_tokens, longest, temperature, top_p, compiled)
+    # On the left, so that all continuations start at the same place.
+    padded = [[options["pad_token_id"]] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    if seed is not None:
+        torch.manual_seed(seed)
+    generated = model.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        **options,
+    )
+    texts = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    return [text.rstrip(_BROKEN_CHARACTER) for text in texts]
+
+
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's token ids, at least one. Raises ConfigError."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -86,23 +115,66 @@ def _check_options(prompt: str, max_new_tokens: int, temperature: float, top_p: 
             f"the prompt holds {prompt[error.start]!a} at character {error.start}, half of a surrogate pair or a "
             f"byte that is not UTF-8; only valid Unicode text can be continued: encode the prompt as UTF-8."
         ) from error
+    ids: list[int] = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    num_positions = model.config.max_position_embeddings
+    if len(ids) >= num_positions:
+        raise ConfigError(
+            f"the prompt is {len(ids)} tokens long, but the model has {num_positions} positions "
+            f"(max_position_embeddings) for the prompt and its continuation: shorten the prompt to at most "
+            f"{num_positions - 1} tokens."
+        )
+    return ids
+
+
+def _options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    num_prompt_tokens: int,
+    temperature: float,
+    top_p: float,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Arguments of the model's ``generate``."""
+    num_positions_left = model.config.max_position_embeddings - num_prompt_tokens
+    options: dict[str, Any] = {
+        "max_new_tokens": min(max_new_tokens, num_positions_left),
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    }
+    if temperature:
+        # top_k=0: transformers would otherwise draw from the fifty likeliest tokens only.
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    else:
+        options["do_sample"] = False
+    if compiled:
+        settings = CompileConfig(fullgraph=False, mode=None)
+        # transformers would compile on accelerators only.
+        settings._compile_all_devices = True
+        options |= {"cache_implementation": "static", "compile_config": settings}
+    return options
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"cannot generate with max_new_tokens {max_new_tokens}, temperature {temperature} and top_p {top_p}: give "
+            f"at least 1 new token, a finite temperature of 0 (greedy) or more, and a top_p above 0 and at most 1."
+        )
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed} is out of range: give a whole number from 0 to {2**64 - 1}.")
 
 
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    options: dict[str, Any],
     seed: int | None,
 ) -> Iterator[str]:
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     reader_gone = threading.Event()
     failures: list[BaseException] = []
     input_ids = torch.tensor([ids], device=model.device)
-    # top_k=0: transformers would otherwise draw from the fifty likeliest tokens only.
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
 
     def work() -> None:
         try:
@@ -111,11 +183,9 @@ def _run(
             model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_StopWhenAsked(reader_gone)]),
-                **(sampling or {"do_sample": False}),
+                **options,
             )
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
             failures.append(error)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.retrieval import (
     NORM_EPSILON,
     Retrieval,
@@ -115,7 +116,7 @@ class AdditiveRetrieval(Retrieval):
 
     def forward(self, x_ND: Tensor) -> Retrieved:
         """Select top_k slots per token and head for x [N, D]; scores in fp32 (fp64 for an fp64 model)."""
-        return self._search(self.query_proj(x_ND), simulated=False)
+        return self._search(apply_linear(self.query_proj, x_ND), simulated=False)
 
     @without_autocast
     def _search(self, query_NQ: Tensor, simulated: bool) -> Retrieved:

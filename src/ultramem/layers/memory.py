@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
 from ultramem.layers.additive_retrieval import AdditiveRetrieval
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.retrieval import Retrieved, TuckerRetrieval
 from ultramem.layers.table import MemoryPool, RingWindow, window_side
 from ultramem.ops import Activation
@@ -277,6 +278,16 @@ class MemoryLayer(nn.Module):
             statistics |= self.further_statistics(retrieved, with_recall=return_statistics == "recall")
         return MemoryOutput(y_ND.view(*x.shape[:-1], self.hidden_size), self.losses(retrieved), statistics)
 
+    def add_output(self, residual_ND: Tensor, x_ND: Tensor, pool: MemoryPool) -> None:
+        """Add the output to the hidden states of a decode step, in place: without losses, statistics or gradients.
+
+        Args:
+            residual_ND: what is added to, fp32.
+            x_ND: normed hidden states, fp32.
+            pool: the rows.
+        """
+        residual_ND += self(x_ND, pool).output
+
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
         """What the queries are made from: [..., D]."""
         return x
@@ -306,7 +317,7 @@ class MemoryLayer(nn.Module):
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """From the pooled values to the output [N, D]."""
-        return pooled if self.out_proj is None else self.out_proj(pooled.to(self.out_proj.weight.dtype))
+        return pooled if self.out_proj is None else apply_linear(self.out_proj, pooled.to(x_ND.dtype))
 
     def losses(self, retrieved: Retrieved) -> dict[str, Tensor]:
         """Weighted auxiliary losses."""

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.product_keys import ProductKeyConfig, ProductKeyMemory
 
 
@@ -69,4 +70,4 @@ class MemoryPlus(ProductKeyMemory):
 
     def project(self, x_ND: Tensor, pooled: Tensor) -> Tensor:
         """The gate, then W_out."""
-        return super().project(x_ND, pooled * nn.functional.silu(self.gate_proj(x_ND)))
+        return super().project(x_ND, pooled * nn.functional.silu(apply_linear(self.gate_proj, x_ND)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultramem.layers.derived import Derived
+from ultramem.layers.plain import apply_linear
 from ultramem.ops import Search, coarse_candidates, contract_keys, contract_sides, fine_scores, key_search
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
@@ -219,7 +220,7 @@ class TuckerRetrieval(Retrieval):
         return id(self.cores), self.cores._version
 
     def _retrieve(self, x_ND: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
-        query = self.query_proj(x_ND).view(-1, 2, self.num_queries, self.key_dim)
+        query = apply_linear(self.query_proj, x_ND).view(-1, 2, self.num_queries, self.key_dim)
         return self._search(query, query_gain, key_gain)
 
     @without_autocast
@@ -254,6 +255,12 @@ class TuckerRetrieval(Retrieval):
             return keys, contract_sides(keys, *directions, self.num_queries)
 
         return self._searched_keys.get(sources, dtype, derive)
+
+    def searched_keys(self) -> tuple[Tensor, Tensor]:
+        """Normalised keys [H, 2, S, r, kd] and their contraction [2, H, S, Q·kd], in fp32; without gradients."""
+        keys_H2Srd, contracted_2HSe = self._keys_to_search(self.key_norm, torch.float32)
+        assert contracted_2HSe is not None, "gradients are recorded"
+        return keys_H2Srd, contracted_2HSe
 
     def _normalized_keys(self, gain: Tensor, dtype: torch.dtype) -> Tensor:
         # Each key of each rank contiguous: the fine scores read single ones.

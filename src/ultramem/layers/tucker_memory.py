@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
 from ultramem.layers.memory import MemoryConfig, MemoryLayer
-from ultramem.layers.retrieval import Retrieved, TuckerRetrieval, is_loaded
+from ultramem.layers.plain import is_plain
+from ultramem.layers.retrieval import NORM_EPSILON, Retrieved, TuckerRetrieval, is_loaded
 from ultramem.layers.table import MemoryPool
-from ultramem.ops import Search, check_search, product_topk_flops, search_recall
+from ultramem.ops import Search, check_search, decode, product_topk_flops, search_recall
 
 # Tokens of one forward pass on which the search is compared with the exact one.
 _RECALL_TOKENS = 64
@@ -122,6 +123,7 @@ class TuckerMemory(MemoryLayer):
     config: TuckerMemoryConfig
     retrieval: TuckerRetrieval
     out_proj: nn.Linear
+    pre_proj: nn.Linear | None
     permutation: Tensor
 
     def __init__(
@@ -141,6 +143,7 @@ class TuckerMemory(MemoryLayer):
             num_queries=config.num_queries,
         )
         self.out_proj = nn.Linear(config.pooled_dim, hidden_size, bias=False)
+        self.pre_proj = None
         # Spreads the neighbours of the grid over the pool's rows; int32 holds every grid that fits in memory.
         self.register_buffer("permutation", torch.empty(self.num_slots, dtype=torch.int32))
 
@@ -164,6 +167,45 @@ class TuckerMemory(MemoryLayer):
     def refresh_retrieval(self) -> None:
         """Recompute the coarse directions from the cores."""
         self.retrieval.refresh()
+
+    def add_output(self, residual_ND: Tensor, x_ND: Tensor, pool: MemoryPool) -> None:
+        """As of every memory; in one kernel where all parts of the layer are what they were built as."""
+        retrieval, pre_proj = self.retrieval, self.pre_proj
+        linears = [linear for linear in (retrieval.query_proj, pre_proj, self.out_proj) if linear is not None]
+        plain = not self.training and all(is_plain(linear, nn.Linear) for linear in linears)
+        weights = [linear.weight for linear in linears] if plain else []
+        if (
+            not plain
+            or not all(is_plain(module, type(module)) for module in (self, retrieval, pool))
+            or not all(decode.runs_on_kernels(weight) for weight in (*weights, pool.values))
+            or len({tensor.dtype for tensor in (*weights, retrieval.query_norm)}) > 1
+            or self.config.search == "exact"
+        ):
+            super().add_output(residual_ND, x_ND, pool)
+            return
+        keys_H2Srd, contracted_2HSe = retrieval.searched_keys()
+        decode.add_tucker_memory(
+            residual_ND,
+            x_ND,
+            query_OD=retrieval.query_proj.weight,
+            query_gain_d=retrieval.query_norm,
+            epsilon=NORM_EPSILON,
+            keys_H2Srd=keys_H2Srd,
+            contracted_2HSe=contracted_2HSe,
+            cores_CHrr=retrieval.cores,
+            top_k=retrieval.top_k,
+            coarse_top_k=retrieval.coarse_top_k,
+            signed=retrieval.search == "signed",
+            permutation=self.permutation,
+            window_offset=self.window.offset,
+            window_size=self.window.size,
+            values_RV=pool.values,
+            pre_values_RU=pool.pre_values,
+            pre_UD=None if pre_proj is None else pre_proj.weight,
+            activation=self.pre_activation,
+            num_blocks=self.config.pooled_dim // self.config.value_dim,
+            out_DV=self.out_proj.weight,
+        )
 
     def virtual_slots(self, slots_NK: Tensor) -> Tensor:
         """The permutation of the grid's slots."""

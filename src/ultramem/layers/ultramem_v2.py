@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultramem.errors import ConfigError
+from ultramem.layers.plain import apply_linear
 from ultramem.layers.tucker_memory import TuckerMemory, TuckerMemoryConfig
 from ultramem.ops import Activation
 
@@ -116,8 +117,7 @@ class UltraMemV2(TuckerMemory):
     def pre_input(self, x_ND: Tensor) -> Tensor:
         """W_pre x."""
         assert self.pre_proj is not None, "the pool has pre-values but the layer does not"
-        inputs_NU: Tensor = self.pre_proj(x_ND)
-        return inputs_NU
+        return apply_linear(self.pre_proj, x_ND)
 
     @property
     def pre_activation(self) -> Activation | None:

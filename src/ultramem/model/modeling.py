@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.models.olmoe.modeling_olmoe import (
     OlmoeAttention,
@@ -26,7 +27,9 @@ from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, Statistics, a
 from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.block import UltraMemDecoderLayer
+from ultramem.model.cache import DecodingCache
 from ultramem.model.configuration import UltraMemConfig
+from ultramem.model.decoding import decode_step
 from ultramem.model.ffn import MoEFFNConfig, router_losses
 
 
@@ -321,6 +324,31 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         """See `UltraMemModel.set_table_gradients`."""
         self.model.set_table_gradients(mode)
 
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """As in transformers; the cache that is made by default has room for all tokens (see `DecodingCache`)."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        made = model_kwargs.get("past_key_values")
+        one_token_at_a_time = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if (
+            given is None
+            and type(made) is DynamicCache
+            and not (made.offloading or generation_config.is_assistant)
+            and one_token_at_a_time
+            and DecodingCache.suits(self.config)
+        ):
+            num_tokens = min(max_cache_length, self.config.max_position_embeddings)
+            model_kwargs["past_key_values"] = DecodingCache(self.config, num_tokens)
+
     @property
     def num_slots_per_memory(self) -> list[int]:
         """Virtual slots that each memory addresses."""
@@ -354,6 +382,18 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             output_memory_statistics: return each memory's statistics; ``"recall"`` for that of the search too.
             **kwargs: passed to the loss and to the attention of every block.
         """
+        plain_step = (
+            isinstance(past_key_values, DecodingCache)
+            and not (self.training or output_memory_statistics or labels is not None)
+            and isinstance(logits_to_keep, int)
+            and use_cache is not False
+            and not (self.config.output_hidden_states or self.config.output_attentions)
+            and all(value is None or value is False for value in kwargs.values())
+        )
+        if plain_step and input_ids is not None and inputs_embeds is None and input_ids.shape[1] == 1:
+            logits = decode_step(self, input_ids, position_ids, attention_mask, cast(DecodingCache, past_key_values))
+            if logits is not None:
+                return UltraMemCausalLMOutput(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -2,6 +2,7 @@
 // longer to compile than the kernels.
 #include <torch/library.h>
 
+#include "decode.h"
 #include "kernels.h"
 
 TORCH_LIBRARY(ultramem_cpu, m) {
@@ -17,4 +18,10 @@ TORCH_LIBRARY(ultramem_cpu, m) {
       "(Tensor, Tensor)",
       &ultramem::sum_rows);
   m.def("keep_in_huge_pages", &ultramem::keep_in_huge_pages);
+  m.def("rms_norm", &ultramem::rms_norm);
+  m.def("linear", &ultramem::linear);
+  m.def("add_attention", &ultramem::add_attention);
+  m.def("add_gated_ffn", &ultramem::add_gated_ffn);
+  m.def("add_experts", &ultramem::add_experts);
+  m.def("add_tucker_memory", &ultramem::add_tucker_memory);
 }

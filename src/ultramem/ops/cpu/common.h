@@ -38,7 +38,12 @@ inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloa
 inline Floats load(const at::BFloat16* from) {
   // A bf16 number is the upper half of the fp32 number.
   const Halves halves = *reinterpret_cast<const LooseHalves*>(&from->x);
+#if defined(__AVX512F__)
+  // GCC 12 makes two conversions of eight numbers and their concatenation out of one of sixteen.
+  return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
+#else
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 inline float load_one(const float* from) { return *from; }
