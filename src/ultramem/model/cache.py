@@ -1,7 +1,11 @@
 """A KV cache whose room is taken once: new tokens are written in place, not appended by copying all before them."""
 
+from typing import Any
+
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
 
 from ultramem.model.configuration import UltraMemConfig
 
@@ -95,3 +99,34 @@ class DecodingCache(Cache):
         """Whether keys and values are all that a decoder of these settings keeps of earlier tokens."""
         memory = config.memory_config
         return memory is None or memory.num_past_tokens == 0
+
+
+class ReservingGenerationMixin(GenerationMixin):
+    """`generate` of transformers; where it would make a cache that grows, it makes a `DecodingCache` of full size."""
+
+    config: UltraMemConfig
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """As in transformers, but for the cache that is made by default."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        made = model_kwargs.get("past_key_values")
+        one_token_at_a_time = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if (
+            given is None
+            and type(made) is DynamicCache
+            and not (made.offloading or generation_config.is_assistant)
+            and one_token_at_a_time
+            and DecodingCache.suits(self.config)
+        ):
+            num_tokens = min(max_cache_length, self.config.max_position_embeddings)
+            model_kwargs["past_key_values"] = DecodingCache(self.config, num_tokens)

@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.models.olmoe.modeling_olmoe import (
     OlmoeAttention,
@@ -27,7 +26,7 @@ from ultramem.layers import MEMORY_TYPES, MemoryLayer, MemoryPool, Statistics, a
 from ultramem.layers.retrieval import is_loaded
 from ultramem.layers.table import TableGradients
 from ultramem.model.block import UltraMemDecoderLayer
-from ultramem.model.cache import DecodingCache
+from ultramem.model.cache import DecodingCache, ReservingGenerationMixin
 from ultramem.model.configuration import UltraMemConfig
 from ultramem.model.decoding import decode_step
 from ultramem.model.ffn import MoEFFNConfig, router_losses
@@ -305,7 +304,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         return mask, attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
-class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
+class UltraMemForCausalLM(UltraMemPreTrainedModel, ReservingGenerationMixin):
     """The decoder with its output layer: trains, evaluates, generates and is served as it is."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own declaration
@@ -323,31 +322,6 @@ class UltraMemForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
     def set_table_gradients(self, mode: TableGradients) -> None:
         """See `UltraMemModel.set_table_gradients`."""
         self.model.set_table_gradients(mode)
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """As in transformers; the cache that is made by default has room for all tokens (see `DecodingCache`)."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        made = model_kwargs.get("past_key_values")
-        one_token_at_a_time = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        if (
-            given is None
-            and type(made) is DynamicCache
-            and not (made.offloading or generation_config.is_assistant)
-            and one_token_at_a_time
-            and DecodingCache.suits(self.config)
-        ):
-            num_tokens = min(max_cache_length, self.config.max_position_embeddings)
-            model_kwargs["past_key_values"] = DecodingCache(self.config, num_tokens)
 
     @property
     def num_slots_per_memory(self) -> list[int]:
