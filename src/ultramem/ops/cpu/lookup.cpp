@@ -36,10 +36,9 @@ void with_lookup(const Indices& indices, const at::Tensor& rows, int64_t num_blo
   });
 }
 
-// Run `visit(token, entry, count)` over a part of the tokens, after checking its indices, with rows prefetched.
+// Run `visit(token, entry, count)` over checked entries, with their rows prefetched.
 template <class L, class Visit>
 inline void for_prefetched_groups(const L& lookup, int64_t first, int64_t last, const Visit& visit) {
-  check_entries(lookup.idx, lookup.block, first, last, lookup.num_rows, lookup.num_blocks);
   const int64_t ahead = lookup.entries_ahead();
   for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) lookup.prefetch_row(entry);
   lookup.for_groups(first, last, [&](int64_t token, int64_t entry, int count) {
@@ -63,42 +62,28 @@ float activate(float value, Activation activation) {
   return activation == Activation::kRelu ? std::max(value, 0.0f) : value;
 }
 
-// The fused read of the entries in [first, last), of whole tokens. Runs of slots, of several tokens where these have
-// few, are dotted with the pre-values, then pooled while their weights are in the first cache. Rows are prefetched in
-// the order of use: pre-values of a run, its values, pre-values of the next run.
+// The fused read of tokens in [lower, upper). A few tokens at a time are dotted with their pre-values, then pooled while
+// their weights are in the first cache. (Rows of both tables taken in turns, slot by slot, were slower.)
 template <class L>
-void read_entries(const L values, const L pre, int64_t first, int64_t last, const float* x, const float* scores,
-                  Activation activation, float* out) {
-  constexpr int64_t kRun = 256;
-  check_entries(values.idx, values.block, first, last, values.num_rows, values.num_blocks);
-  const int64_t cores = values.num_cores, out_width = values.num_blocks * values.width;
-  const int64_t ahead = pre.entries_ahead();
-  std::vector<float> factors(kRun), weights(kRun * cores);
-  for (int64_t entry = first; entry < std::min(first + ahead, last); ++entry) pre.prefetch_row(entry);
-  for (int64_t start = first; start < last; start += kRun) {
-    const int64_t end = std::min(start + kRun, last);
-    // Prefetch what is used `ahead` rows after `entry`, here or in the run of the other table that follows.
-    const auto prefetch_group = [=](const L& here, const L& next, int64_t next_start, int64_t entry, int count) {
-      for (int64_t i = entry + ahead; i < entry + ahead + count; ++i) {
-        if (i < end)
-          here.prefetch_row(i);
-        else if (next_start + (i - end) < last)
-          next.prefetch_row(next_start + (i - end));
-      }
-    };
-    float *dots = factors.data(), *slot_weights = weights.data();
-    pre.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
-      prefetch_group(pre, values, start, entry, count);
+void read_tokens(const L values, const L pre, int64_t lower, int64_t upper, const float* x, const float* scores,
+                 Activation activation, float* out) {
+  constexpr int64_t kEntriesAtOnce = 512;
+  const int64_t slots = values.num_selected, cores = values.num_cores, out_width = values.num_blocks * values.width;
+  const int64_t step = std::max<int64_t>(1, kEntriesAtOnce / std::max<int64_t>(1, slots));
+  std::vector<float> dot_buffer(step * slots), weight_buffer(step * slots * cores);
+  float *dots = dot_buffer.data(), *weights = weight_buffer.data();
+  for (int64_t token_start = lower; token_start < upper; token_start += step) {
+    const int64_t start = token_start * slots, end = std::min(token_start + step, upper) * slots;
+    for_prefetched_groups(pre, start, end, [=](int64_t token, int64_t entry, int count) {
       pre.dot(entry, count, x + token * pre.width, dots + (entry - start));
     });
     for (int64_t entry = start; entry < end; ++entry) {
       const float factor = activate(dots[entry - start], activation);
       for (int64_t core = 0; core < cores; ++core)
-        slot_weights[(entry - start) * cores + core] = scores[entry * cores + core] * factor;
+        weights[(entry - start) * cores + core] = scores[entry * cores + core] * factor;
     }
-    values.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
-      prefetch_group(values, pre, end, entry, count);
-      values.pool(entry, count, slot_weights + (entry - start) * cores, out + token * out_width);
+    for_prefetched_groups(values, start, end, [=](int64_t token, int64_t entry, int count) {
+      values.pool(entry, count, weights + (entry - start) * cores, out + token * out_width);
     });
   }
 }
@@ -119,6 +104,7 @@ at::Tensor gather_dot(const at::Tensor& idx, const at::Tensor& x, const at::Tens
       const auto own = lookup;
       const float* x_own = x_data;
       float* out_own = out_data;
+      check_entries(own.idx, own.block, lower * slots, upper * slots, own.num_rows, own.num_blocks);
       for_prefetched_groups(own, lower * slots, upper * slots, [=](int64_t token, int64_t entry, int count) {
         own.dot(entry, count, x_own + token * x_width, out_own + entry * own.num_cores);
       });
@@ -141,6 +127,7 @@ at::Tensor bag(const at::Tensor& idx, const at::Tensor& w, const at::Tensor& tab
       const auto own = lookup;
       const float* w_own = w_data;
       float* out_own = out_data;
+      check_entries(own.idx, own.block, lower * slots, upper * slots, own.num_rows, own.num_blocks);
       std::fill(out_own + lower * out_width, out_own + upper * out_width, 0.0f);
       for_prefetched_groups(own, lower * slots, upper * slots, [=](int64_t token, int64_t entry, int count) {
         own.pool(entry, count, w_own + entry * own.num_cores, out_own + token * out_width);
@@ -170,8 +157,9 @@ at::Tensor pooled_read(const at::Tensor& idx, const at::Tensor& scores, const at
     const int64_t slots = lookup.num_selected;
     for_tokens(idx.size(0), slots * (lookup.width + pre.width), [&](int64_t lower, int64_t upper) {
       std::fill(out_data + lower * out_width, out_data + upper * out_width, 0.0f);
-      read_entries(lookup, pre, lower * slots, upper * slots, vectors.const_data_ptr<float>(),
-                   weights.const_data_ptr<float>(), kind, out_data);
+      check_entries(lookup.idx, lookup.block, lower * slots, upper * slots, lookup.num_rows, lookup.num_blocks);
+      read_tokens(lookup, pre, lower, upper, vectors.const_data_ptr<float>(), weights.const_data_ptr<float>(), kind,
+                  out_data);
     });
   });
   return out.to(values.scalar_type());

@@ -9,7 +9,6 @@
 #include <sys/mman.h>
 #endif
 
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
