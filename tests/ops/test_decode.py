@@ -85,7 +85,8 @@ def test_the_gate_of_large_and_small_numbers():
 @dtypes
 def test_experts(dtype, num_tokens):
     num_experts, width, inner, num_chosen = 5, 18, 7, 3
-    gate_up, down = draw(num_experts, 2 * inner, width, dtype=dtype), draw(num_experts, width, inner, dtype=dtype)
+    gate_up, down = 0.2 * draw(num_experts, 2 * inner, width), 0.2 * draw(num_experts, width, inner)
+    gate_up, down = gate_up.to(dtype), down.to(dtype)
     residual, x, weights = draw(num_tokens, width, seed=1), draw(num_tokens, width), draw(num_tokens, num_chosen)
     # Expert 4 is chosen by nobody, expert 1 by every token.
     index = torch.tensor([[1, 0, 2], [3, 1, 0], [1, 2, 3], [0, 1, 2], [2, 1, 0], [1, 3, 0]])[:num_tokens]
