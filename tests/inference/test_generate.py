@@ -168,8 +168,13 @@ def test_a_batch_continues_each_prompt_as_if_it_were_alone(model, tokenizer):
 def test_a_batch_stops_where_the_positions_of_its_longest_prompt_end(model, tokenizer):
     prompts = ["word " * 10, "The"]
     left = model.config.max_position_embeddings - len(tokenizer(prompts[0])["input_ids"])
-    texts = generate_batch(model, tokenizer, prompts, temperature=0, max_new_tokens=10_000)
-    assert all(len(tokenizer(text)["input_ids"]) <= left for text in texts)
+    steps = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    try:
+        generate_batch(model, tokenizer, prompts, seed=2, max_new_tokens=10_000)
+    finally:
+        handle.remove()
+    assert 0 < len(steps) <= left
     with pytest.raises(ConfigError, match="shorten the prompt to at most 63 tokens"):
         generate_batch(model, tokenizer, ["The", "word " * 64])
 
