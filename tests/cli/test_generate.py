@@ -16,6 +16,33 @@ def test_it_prints_the_prompt_and_its_continuation(invoke, model_folder):
     assert first.stdout == again.stdout != other.stdout
 
 
+def test_several_prompts_are_continued_together(invoke, model_folder, tmp_path):
+    arguments = ("generate", model_folder, "--max-new-tokens", 6, "--temperature", 0)
+    alone = [invoke(*arguments, "--prompt", text).stdout for text in ("The capital", "Sweden")]
+    batch = invoke(*arguments, "--prompt", "The capital", "--prompt", "Sweden")
+    assert batch.stdout == "\n".join(alone)
+    assert "tokens/s" in batch.stderr
+    (tmp_path / "prompts.txt").write_text("The capital\nSweden\n")
+    assert invoke(*arguments, "--prompt-file", tmp_path / "prompts.txt").stdout == batch.stdout
+
+
+def test_the_precision_is_that_of_the_weights(invoke, model_folder):
+    result = invoke(
+        "generate", model_folder, "--prompt", "The", "--max-new-tokens", 4, "--temperature", 0, "--precision", "bf16"
+    )
+    assert result.exit_code == 0
+    assert result.stdout.startswith("The")
+
+
+def test_prompts_that_are_not_there(invoke, model_folder, tmp_path):
+    error = invoke("generate", model_folder).exception
+    assert isinstance(error, ConfigError)
+    assert "there is nothing to continue: give --prompt TEXT, or --prompt-file" in str(error)
+    error = invoke("generate", model_folder, "--prompt-file", tmp_path / "none").exception
+    assert isinstance(error, ConfigError)
+    assert "give a UTF-8 text file with one prompt a line" in str(error)
+
+
 def test_the_prompt_may_come_from_standard_input(invoke, model_folder):
     arguments = ("generate", model_folder, "--max-new-tokens", 5, "--temperature", 0, "--prompt")
     assert invoke(*arguments, "-", stdin="The capital\n").stdout == invoke(*arguments, "The capital").stdout

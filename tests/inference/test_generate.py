@@ -5,7 +5,7 @@ import torch
 
 from tiny_models import tiny_llama, tiny_tokenizer, tiny_ultramem
 from ultramem.errors import ConfigError
-from ultramem.inference.generate import generate_stream
+from ultramem.inference.generate import generate_batch, generate_stream
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +155,32 @@ def test_values_out_of_range_are_refused_at_once(tokenizer, options, said):
         generate_stream(tiny_llama(len(tokenizer)), tokenizer, options.pop("prompt", "The"), **options)
     for part in said:
         assert part in str(caught.value)
+
+
+def test_a_batch_continues_each_prompt_as_if_it_were_alone(model, tokenizer):
+    prompts = ["The capital", "Sweden", "", "The capital of Norway is Oslo. The capital of"]
+    alone = [text_of(model, tokenizer, prompt, temperature=0) for prompt in prompts]
+    assert generate_batch(model, tokenizer, prompts, temperature=0, max_new_tokens=20) == alone
+    sampled = [generate_batch(model, tokenizer, prompts, seed=seed, max_new_tokens=20) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_batch_stops_where_the_positions_of_its_longest_prompt_end(model, tokenizer):
+    prompts = ["word " * 10, "The"]
+    left = model.config.max_position_embeddings - len(tokenizer(prompts[0])["input_ids"])
+    steps = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    try:
+        generate_batch(model, tokenizer, prompts, seed=2, max_new_tokens=10_000)
+    finally:
+        handle.remove()
+    assert 0 < len(steps) <= left
+    with pytest.raises(ConfigError, match="shorten the prompt to at most 63 tokens"):
+        generate_batch(model, tokenizer, ["The", "word " * 64])
+
+
+@pytest.mark.slow
+def test_compiled_text_is_the_same(tokenizer, fresh_compiler):
+    model = tiny_ultramem(len(tokenizer))
+    expected = text_of(model, tokenizer, temperature=0)
+    assert text_of(model, tokenizer, temperature=0, compiled=True) == expected
