@@ -10,6 +10,7 @@ from rich.table import Table
 from ultramem.data.manifest import DataManifest
 from ultramem.data.sources import are_present
 from ultramem.layers import MemoryConfig
+from ultramem.layers.tucker_memory import TuckerMemoryConfig
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM
 from ultramem.model.accounting import cost_card
 from ultramem.model.block import UltraMemDecoderLayer
@@ -165,14 +166,18 @@ def _block_bytes(model: UltraMemConfig, element_bytes: int) -> int:
 def _memory_bytes(model: UltraMemConfig) -> int:
     """Bytes per token that a memory keeps for backward.
 
-    The fp32 scores of all keys on both sides, for every head and Tucker rank; per selected slot two indices and its
-    weights for two cores; and about two vectors of the hidden width.
+    With Tucker scores three fp32 vectors of the queries' width, from before and after their norm; per selected slot two
+    indices, the fine scores of its keys in two ranks, weights for two cores and the pre-value's product. With additive
+    scores those of all keys, for every head; per slot two indices and its weights. And two vectors of the hidden width.
     """
     memory = model.memory_config
     if memory is None:
         return 0
-    num_scores = 2 * memory.side(len(model.memory_spans)) * memory.num_heads * getattr(memory, "rank", 1)
-    return FP32_BYTES * num_scores + 36 * memory.num_selected + 2 * FP32_BYTES * model.hidden_size
+    if isinstance(memory, TuckerMemoryConfig):
+        num_elements, slot_bytes = 3 * 2 * memory.num_queries * memory.key_dim, 52
+    else:
+        num_elements, slot_bytes = 2 * memory.side(len(model.memory_spans)) * memory.num_heads, 36
+    return FP32_BYTES * (num_elements + 2 * model.hidden_size) + slot_bytes * memory.num_selected
 
 
 def summarize(config: RunConfig, manifest: DataManifest | None, num_processes: int = 1) -> list[tuple[str, str]]:

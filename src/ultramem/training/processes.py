@@ -16,6 +16,8 @@ from olmo_core.train.callbacks import Callback
 from ultramem.errors import ConfigError, UltraMemError
 from ultramem.training.config import RunConfig
 
+_ended_groups: list[dist.ProcessGroup | None] = []
+
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,6 +46,9 @@ def process_group() -> Iterator[None]:
     # Checkpoints and messages go over gloo, so that they do not hold up the GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     yield
+    # DDP's reducer, which is freed later, must not be the group's last owner: it frees it with the interpreter locked,
+    # and then waits for the group's threads, of which one may want the lock to free the last gradient that it sent.
+    _ended_groups.append(dist.group.WORLD)
     # Not after an error: the other processes may be waiting in a collective that this would wait for.
     dist.destroy_process_group()
 
