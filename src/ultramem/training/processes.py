@@ -21,6 +21,11 @@ _ended_groups: list[dist.ProcessGroup | None] = []
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def count_processes() -> int:
+    """The processes of the run, also before they have joined each other."""
+    return get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started; does nothing in a single one, or where a group exists already.
@@ -28,7 +33,7 @@ def process_group() -> Iterator[None]:
     Raises:
         ConfigError: there are several processes, but not what they need to find each other.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = count_processes()
     if num_processes == 1 or dist.is_initialized():
         yield
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.distributed.utils import get_rank
 from olmo_core.train import Duration, Trainer, TrainerConfig
 from olmo_core.utils import get_default_device, seed_all
 
@@ -46,6 +46,7 @@ from ultramem.training.processes import (
     PassOnSignals,
     StoppedEarlyError,
     check_processes,
+    count_processes,
     on_first_process,
     process_group,
     signals_end_run,
@@ -150,9 +151,10 @@ def train(config: RunConfig, manifest: DataManifest) -> Path | None:
         TrainingError: a loss or gradient is NaN or infinite, or memory ran out.
     """
     run_folder = config.save_folder
+    # Before they join: one that left at once would look like a lost connection to the others.
+    check_processes(config, count_processes())
     try:
         with process_group(), ExitStack() as held, signals_end_run() as signals:
-            check_processes(config, get_world_size())
             on_first_process(lambda: held.enter_context(exclusive_run_folder(run_folder)))
             errors = (explained_write_errors(run_folder), explained_memory_errors(config))
             with errors[0], errors[1], _quiet_engine(run_folder / "train.log"):
