@@ -257,3 +257,22 @@ def test_narrower_vectors_pass_the_same_tests(capability):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_memory_of_freed_gradients_is_zero_again():
+    """Large gradients take over the memory of those before them, whatever was left there."""
+    idx = torch.tensor([[3, 70_000, 3]])
+    for value in (1.0, 2.0):
+        gradient = scatter(idx, torch.full((1, 3), value), torch.ones(1, 32), 70_001, backend="cpu")
+        expected = torch.zeros(70_001, 32)
+        expected[3], expected[70_000] = 2 * value, value
+        assert torch.equal(gradient, expected)
+        gradient.fill_(torch.nan)
+        del gradient
+
+
+def test_a_gradient_in_use_keeps_its_memory():
+    idx, w, x = torch.tensor([[5]]), torch.ones(1, 1), torch.ones(1, 32)
+    gradients = [scatter(idx, w * i, x, 70_000, backend="cpu") for i in range(8)]
+    for i, gradient in enumerate(gradients):
+        assert gradient.sum() == 32 * i

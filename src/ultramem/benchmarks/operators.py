@@ -111,14 +111,19 @@ class _Draws:
         self.num_rows, self.shape, self.num_calls = num_rows, (num_tokens, top_k), num_calls
         # A few hundred megabytes of rows would lie in a large cache if every run read the same ones; vectors may stay.
         self.x_NV, self.scores_NK = torch.randn(num_tokens, width), torch.randn(num_tokens, top_k)
+        self._order, self._next = torch.empty(0, dtype=torch.int64), 0
 
     def indices(self) -> list[Tensor]:
-        """One [N, K] int64 per call."""
+        """One [N, K] int64 per call: the next rows of a shuffled order, which is made anew when it has been read."""
         num_tokens, top_k = self.shape
         needed = self.num_calls * num_tokens * top_k
-        # Shuffling many millions of numbers takes longer than the run; among so many, repeats are rare.
-        distinct = needed <= self.num_rows <= MOST_SHUFFLED_ROWS
-        rows = torch.randperm(self.num_rows)[:needed] if distinct else torch.randint(self.num_rows, (needed,))
+        if self._next + needed > len(self._order):
+            # Shuffling many millions of numbers takes longer than the run; among so many, repeats are rare.
+            distinct = needed <= self.num_rows <= MOST_SHUFFLED_ROWS
+            self._order = torch.randperm(self.num_rows) if distinct else torch.randint(self.num_rows, (8 * needed,))
+            self._next = 0
+        rows = self._order[self._next : self._next + needed]
+        self._next += needed
         return list(rows.view(self.num_calls, num_tokens, top_k))
 
     def competitor(self, read: Callable[[Tensor, Tensor, Tensor], Tensor], backend: str | None = None) -> Competitor:

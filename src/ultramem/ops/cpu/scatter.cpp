@@ -9,6 +9,11 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -130,19 +135,86 @@ void for_rows(const std::vector<int64_t>& starts, int64_t width, const Write& wr
   });
 }
 
-// Zeros whose pages come into being when they are written: most rows of a table get no gradient.
-at::Tensor lazy_zeros(int64_t num_rows, int64_t width) {
 #ifdef __linux__
-  constexpr size_t kHugePageBytes = size_t{2} << 20;
-  const size_t num_bytes = static_cast<size_t>(num_rows) * static_cast<size_t>(width) * sizeof(float);
-  if (num_bytes >= 4 * kHugePageBytes) {
-    void* mapped = mmap(nullptr, num_bytes + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    TORCH_CHECK(mapped != MAP_FAILED, "there is no memory for a gradient of ", num_bytes, " bytes");
-    const auto start = (reinterpret_cast<uintptr_t>(mapped) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-    void* data = reinterpret_cast<void*>(start);
+// Memory for the gradients of large tables, of which every backward makes a new one. Mapping it anew costs more than
+// filling it, by far where the system first has to gather huge pages; so the last ones that were freed are kept for the
+// next. Until then the system may take their pages back, if memory runs short.
+class GradientMemory {
+ public:
+  static GradientMemory& shared() {
+    // Never destroyed: tensors may outlive everything else.
+    static auto* memory = new GradientMemory;
+    return *memory;
+  }
+
+  // Zeros, in whole huge pages.
+  float* take(size_t num_bytes) {
+    void* found = nullptr;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      const auto fitting =
+          std::find_if(kept_.begin(), kept_.end(), [=](const auto& entry) { return entry.second == num_bytes; });
+      if (fitting != kept_.end()) {
+        found = fitting->first;
+        kept_.erase(fitting);
+      }
+    }
+    if (found == nullptr) return static_cast<float*>(map(num_bytes));
+    char* data = static_cast<char*>(found);
+    at::parallel_for(0, static_cast<int64_t>(num_bytes / kHugePageBytes), 1, [=](int64_t lower, int64_t upper) {
+      std::memset(data + lower * kHugePageBytes, 0, (upper - lower) * kHugePageBytes);
+    });
+    return static_cast<float*>(found);
+  }
+
+  void give_back(void* data, size_t num_bytes) {
+    madvise(data, num_bytes, MADV_FREE);
+    std::pair<void*, size_t> oldest{nullptr, 0};
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      kept_.emplace_back(data, num_bytes);
+      if (kept_.size() > kMostKept) {
+        oldest = kept_.front();
+        kept_.pop_front();
+      }
+    }
+    if (oldest.first != nullptr) munmap(oldest.first, oldest.second);
+  }
+
+  static constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+ private:
+  // Values and pre-values, and what is added to each.
+  static constexpr size_t kMostKept = 4;
+
+  static void* map(size_t num_bytes) {
+    // One huge page more, of which the ends are given back, brings the start to a whole one.
+    const size_t with_room = num_bytes + kHugePageBytes;
+    void* mapped = mmap(nullptr, with_room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(mapped != MAP_FAILED, "DefaultCPUAllocator: can't allocate memory: a gradient of ", num_bytes, " bytes");
+    char* lowest = static_cast<char*>(mapped);
+    const size_t before = (kHugePageBytes - reinterpret_cast<uintptr_t>(mapped) % kHugePageBytes) % kHugePageBytes;
+    char* data = lowest + before;
+    if (before > 0) munmap(lowest, before);
+    munmap(data + num_bytes, kHugePageBytes - before);
     madvise(data, num_bytes, MADV_HUGEPAGE);
+    return data;
+  }
+
+  std::mutex mutex_;
+  std::deque<std::pair<void*, size_t>> kept_;
+};
+#endif
+
+at::Tensor zero_rows(int64_t num_rows, int64_t width) {
+#ifdef __linux__
+  constexpr size_t kPage = GradientMemory::kHugePageBytes;
+  const size_t num_bytes = static_cast<size_t>(num_rows) * static_cast<size_t>(width) * sizeof(float);
+  if (num_bytes >= 4 * kPage) {
+    const size_t whole_bytes = (num_bytes + kPage - 1) / kPage * kPage;
+    float* data = GradientMemory::shared().take(whole_bytes);
     return at::from_blob(
-        data, {num_rows, width}, [mapped, num_bytes](void*) { munmap(mapped, num_bytes + kHugePageBytes); },
+        data, {num_rows, width}, [whole_bytes](void* freed) { GradientMemory::shared().give_back(freed, whole_bytes); },
         at::TensorOptions().dtype(at::kFloat));
   }
 #endif
@@ -157,7 +229,7 @@ at::Tensor scatter(const at::Tensor& idx, const at::Tensor& w, const at::Tensor&
   parts.emplace_back(idx, w, x, block, num_blocks, 0);
   const int64_t width = parts[0].width;
   const std::vector<Key> keys = sorted_keys(parts, num_rows);
-  const at::Tensor out = lazy_zeros(num_rows, width);
+  const at::Tensor out = zero_rows(num_rows, width);
   float* data = out.mutable_data_ptr<float>();
   const std::vector<int64_t> starts = row_starts(keys);
   for_rows(starts, width, [&](int64_t group) {
