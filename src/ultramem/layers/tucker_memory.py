@@ -173,7 +173,7 @@ class TuckerMemory(MemoryLayer):
         retrieval, pre_proj, out_proj = self.retrieval, self.pre_proj, self.out_proj
         values_RV, query_gain_d, search = pool.values, retrieval.query_norm, retrieval.search
         linears = [linear for linear in (retrieval.query_proj, out_proj, pre_proj) if linear is not None]
-        # Lists and no generators: what is asked here takes as long as reading many rows.
+        # Lists and no generators: asking takes as long as reading many rows.
         plain = [is_plain(linear, nn.Linear) for linear in linears]
         plain += [is_plain(module, type(module)) for module in (self, retrieval, pool)]
         weights = [query_gain_d, *(linear.weight for linear in linears)] if all(plain) else []
@@ -181,7 +181,7 @@ class TuckerMemory(MemoryLayer):
             not weights
             or self.training
             or search == "exact"
-            or any([weight.dtype != query_gain_d.dtype for weight in weights])
+            or len({weight.dtype for weight in weights}) > 1
             or not decode.runs_on_kernels(*weights, values_RV)
         ):
             super().add_output(residual_ND, x_ND, pool)
