@@ -170,16 +170,19 @@ class TuckerMemory(MemoryLayer):
 
     def add_output(self, residual_ND: Tensor, x_ND: Tensor, pool: MemoryPool) -> None:
         """As of every memory; in one kernel where all parts of the layer are what they were built as."""
-        retrieval, pre_proj = self.retrieval, self.pre_proj
-        linears = [linear for linear in (retrieval.query_proj, pre_proj, self.out_proj) if linear is not None]
-        plain = not self.training and all(is_plain(linear, nn.Linear) for linear in linears)
-        weights = [linear.weight for linear in linears] if plain else []
+        retrieval, pre_proj, out_proj = self.retrieval, self.pre_proj, self.out_proj
+        values_RV, query_gain_d, search = pool.values, retrieval.query_norm, retrieval.search
+        linears = [linear for linear in (retrieval.query_proj, out_proj, pre_proj) if linear is not None]
+        # Lists and no generators: asking takes as long as reading many rows.
+        plain = [is_plain(linear, nn.Linear) for linear in linears]
+        plain += [is_plain(module, type(module)) for module in (self, retrieval, pool)]
+        weights = [query_gain_d, *(linear.weight for linear in linears)] if all(plain) else []
         if (
-            not plain
-            or not all(is_plain(module, type(module)) for module in (self, retrieval, pool))
-            or not all(decode.runs_on_kernels(weight) for weight in (*weights, pool.values))
-            or len({tensor.dtype for tensor in (*weights, retrieval.query_norm)}) > 1
-            or self.config.search == "exact"
+            not weights
+            or self.training
+            or search == "exact"
+            or len({weight.dtype for weight in weights}) > 1
+            or not decode.runs_on_kernels(*weights, values_RV)
         ):
             super().add_output(residual_ND, x_ND, pool)
             return
@@ -187,24 +190,24 @@ class TuckerMemory(MemoryLayer):
         decode.add_tucker_memory(
             residual_ND,
             x_ND,
-            query_OD=retrieval.query_proj.weight,
-            query_gain_d=retrieval.query_norm,
+            query_OD=weights[1],
+            query_gain_d=query_gain_d,
             epsilon=NORM_EPSILON,
             keys_H2Srd=keys_H2Srd,
             contracted_2HSe=contracted_2HSe,
             cores_CHrr=retrieval.cores,
             top_k=retrieval.top_k,
             coarse_top_k=retrieval.coarse_top_k,
-            signed=retrieval.search == "signed",
+            signed=search == "signed",
             permutation=self.permutation,
             window_offset=self.window.offset,
             window_size=self.window.size,
-            values_RV=pool.values,
+            values_RV=values_RV,
             pre_values_RU=pool.pre_values,
-            pre_UD=None if pre_proj is None else pre_proj.weight,
+            pre_UD=None if pre_proj is None else weights[3],
             activation=self.pre_activation,
             num_blocks=self.config.pooled_dim // self.config.value_dim,
-            out_DV=self.out_proj.weight,
+            out_DV=weights[2],
         )
 
     def virtual_slots(self, slots_NK: Tensor) -> Tensor:

@@ -12,28 +12,35 @@ from torch import Tensor
 
 from ultramem.ops.backends import AUTO, CPU, REFERENCE, choose, requested
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# Nobody can ask for kernels of fp64: it is for checking others.
+_DTYPES = (torch.float32, torch.bfloat16)
 
-def runs_on_kernels(weight: Tensor) -> bool:
-    """Whether the kernels can stand in for modules with this weight, here and now.
+
+def runs_on_kernels(*weights: Tensor) -> bool:
+    """Whether the kernels can stand in for modules with these weights, here and now; the first one's backend decides.
 
     Raises:
         BackendError: the C++ kernels were asked for by name and cannot be built.
     """
+    # A loop and no generator: this is asked for every memory of every step.
+    for weight in weights:
+        if (
+            type(weight) not in _PLAIN_TYPES
+            or not weight.is_cpu
+            or weight.dtype not in _DTYPES
+            or not weight.is_contiguous()
+        ):
+            return False
     if (
-        weight.device.type != "cpu"
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or type(weight) not in (Tensor, torch.nn.Parameter)
-        or not weight.is_contiguous()
     ):
         return False
     backend = requested(None)
-    # Nobody can ask for kernels of fp64: it is for checking others.
-    if backend not in (AUTO, CPU) or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return choose("decoding", backend, weight, available=(CPU,)) != REFERENCE
+    return backend in (AUTO, CPU) and choose("decoding", backend, weights[0], available=(CPU,)) != REFERENCE
 
 
 def rms_norm(x_ND: Tensor, gain_D: Tensor, epsilon: float) -> Tensor:

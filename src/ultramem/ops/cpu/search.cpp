@@ -1,6 +1,6 @@
 // The two-stage search of a product-key grid, from all fine scores or from queries and keys.
 //
-// Every token is computed by one thread in one order: the result does not depend on their number.
+// Every score is computed by one thread in one order: the result does not depend on their number.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -8,6 +8,7 @@
 
 #include "grid_search.h"
 #include "kernels.h"
+#include "product.h"
 
 namespace ultramem {
 namespace {
@@ -27,6 +28,22 @@ Tensor plain(const Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); 
 
 const float* data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
+}
+
+// Coarse scores [2, N, H·S] of few tokens: the threads share the keys, of which one token alone needs all.
+void score_keys(const Tensor& query, const Tensor& contracted, float* coarse) {
+  const int64_t num_tokens = query.size(0), num_keys = contracted.size(1) * contracted.size(2);
+  const int64_t width = contracted.size(3), num_blocks = (num_keys + kBlockRows - 1) / kBlockRows;
+  const Tensor by_side = query.transpose(0, 1).contiguous();
+  const float *queries = by_side.const_data_ptr<float>(), *keys = contracted.const_data_ptr<float>();
+  const Activations sides[2] = {{queries, num_tokens, width}, {queries + num_tokens * width, num_tokens, width}};
+  at::parallel_for(0, 2 * num_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t side = task / num_blocks, key = task % num_blocks * kBlockRows;
+      multiply_block(sides[side], keys + (side * num_keys + key) * width, std::min<int64_t>(kBlockRows, num_keys - key),
+                     coarse + side * num_tokens * num_keys + key, num_keys, false);
+    }
+  });
 }
 
 }  // namespace
@@ -85,8 +102,6 @@ std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor&
   const Sizes sizes{static_cast<int>(side), static_cast<int>(rank), static_cast<int>(num_cores), static_cast<int>(top_k),
                     static_cast<int>(coarse_top_k), is_signed, false};
   const Tensor core_sum = cores.sum(0).contiguous();
-  const Tensor queries = query.view({num_tokens, 2, num_queries * width});
-  const Tensor transposed = contracted.flatten(1, 2).transpose(1, 2);
   Tensor scores = at::empty({num_tokens, num_heads, top_k, num_cores}, query.options());
   Tensor slots = at::empty({num_tokens, num_heads, top_k}, query.options().dtype(at::kLong));
   Tensor fine = at::empty({num_tokens, num_heads, top_k, 2, rank}, query.options());
@@ -94,6 +109,36 @@ std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor&
   const float *sum_data = core_sum.const_data_ptr<float>(), *core_data = cores.const_data_ptr<float>();
   auto *slots_out = slots.mutable_data_ptr<int64_t>();
   auto *scores_out = scores.mutable_data_ptr<float>(), *fine_out = fine.mutable_data_ptr<float>();
+  // Tokens from `begin` on, by their coarse scores on both sides.
+  const auto search_tokens = [&](GridSearch& search, int64_t begin, int64_t end, std::array<const float*, 2> coarse) {
+    for (int64_t n = begin * num_heads; n < end * num_heads; ++n) {
+      const int64_t token = n / num_heads, head = n % num_heads;
+      for (int64_t s : {0, 1}) {
+        search.choose(s, coarse[s] + (n - begin * num_heads) * side);
+        for (int64_t p = 0; p < rank; ++p) {
+          const float* x = query_data + ((token * 2 + s) * num_queries + (num_queries == 1 ? 0 : p)) * width;
+          const float* matrix = key_data + ((head * 2 + s) * side * rank + p) * width;
+          dot_rows(x, matrix, rank * width, width, search.candidates[s].data(), coarse_top_k, search.fine_scores(s, p));
+        }
+      }
+      search.search(sum_data + head * rank * rank);
+      search.write(core_data + head * rank * rank, num_heads * rank * rank, slots_out + n * top_k,
+                   scores_out + n * top_k * num_cores, fine_out + n * top_k * 2 * rank);
+    }
+  };
+  if (num_tokens <= kTokensPerBlock) {
+    const int64_t num_keys = num_heads * side;
+    Scratch coarse(2 * num_tokens * num_keys);
+    score_keys(query, contracted, coarse.data());
+    at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
+      GridSearch search(sizes);
+      const float* first = coarse.data() + begin * num_keys;
+      search_tokens(search, begin, end, {first, first + num_tokens * num_keys});
+    });
+    return {scores, slots, fine};
+  }
+  const Tensor queries = query.view({num_tokens, 2, num_queries * width});
+  const Tensor transposed = contracted.flatten(1, 2).transpose(1, 2);
   at::parallel_for(0, (num_tokens + kTokensPerBlock - 1) / kTokensPerBlock, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd guard;
     GridSearch search(sizes);
@@ -102,21 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor&
       const int64_t count = std::min(kTokensPerBlock, num_tokens - first);
       Tensor coarse[2];
       for (int s : {0, 1}) coarse[s] = at::mm(queries.narrow(0, first, count).select(1, s), transposed.select(0, s));
-      for (int64_t n = first * num_heads; n < (first + count) * num_heads; ++n) {
-        const int64_t token = n / num_heads, head = n % num_heads;
-        for (int64_t s : {0, 1}) {
-          search.choose(s, coarse[s].const_data_ptr<float>() + (n - first * num_heads) * side);
-          for (int64_t p = 0; p < rank; ++p) {
-            const float* x = query_data + ((token * 2 + s) * num_queries + (num_queries == 1 ? 0 : p)) * width;
-            const float* matrix = key_data + ((head * 2 + s) * side * rank + p) * width;
-            dot_rows(x, matrix, rank * width, width, search.candidates[s].data(), coarse_top_k,
-                     search.fine_scores(s, p));
-          }
-        }
-        search.search(sum_data + head * rank * rank);
-        search.write(core_data + head * rank * rank, num_heads * rank * rank, slots_out + n * top_k,
-                     scores_out + n * top_k * num_cores, fine_out + n * top_k * 2 * rank);
-      }
+      search_tokens(search, first, first + count, {coarse[0].const_data_ptr<float>(), coarse[1].const_data_ptr<float>()});
     }
   });
   return {scores, slots, fine};
