@@ -36,7 +36,7 @@ def _embedding_bag(idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor) -> Tensor:
 
 
 def _run(
-    idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, backend: str
+    idx_NK: Tensor, w_NKC: Tensor, table_RV: Tensor, block_NK: Tensor | None, num_blocks: int, backend: str = AUTO
 ) -> Tensor:
     chosen = choose("bag", backend, table_RV, w_NKC)
     if chosen == CPU:
@@ -52,27 +52,11 @@ def _run(
     return bag_reference(idx_NK, w_NKC, table_RV, block_NK, num_blocks)
 
 
-@torch.library.custom_op("ultramem::bag", mutates_args=())
-def _bag(
-    idx_NK: Tensor,
-    w_NKC: Tensor,
-    table_RV: Tensor,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    backend: str = AUTO,
-) -> Tensor:
-    return _run(idx_NK, w_NKC, table_RV, block_NK, num_blocks, backend)
+_bag = torch.library.custom_op("ultramem::bag", _run, mutates_args=())
 
 
 @_bag.register_fake
-def _(
-    idx_NK: Tensor,
-    w_NKC: Tensor,
-    table_RV: Tensor,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    backend: str = AUTO,
-) -> Tensor:
+def _(idx_NK, w_NKC, table_RV, block_NK, num_blocks, *_):  # type: ignore[no-untyped-def]
     return table_RV.new_empty(idx_NK.shape[0], num_blocks * table_RV.shape[1])
 
 

@@ -38,7 +38,7 @@ def _run(
     block_NK: Tensor | None,
     num_blocks: int,
     num_cores: int,
-    backend: str,
+    backend: str = AUTO,
 ) -> Tensor:
     chosen = choose("gather_dot", backend, table_RV, x_NV)
     if chosen == CPU:
@@ -51,29 +51,11 @@ def _run(
     return gather_dot_reference(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
 
 
-@torch.library.custom_op("ultramem::gather_dot", mutates_args=())
-def _gather_dot(
-    idx_NK: Tensor,
-    x_NV: Tensor,
-    table_RV: Tensor,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    num_cores: int,
-    backend: str = AUTO,
-) -> Tensor:
-    return _run(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores, backend)
+_gather_dot = torch.library.custom_op("ultramem::gather_dot", _run, mutates_args=())
 
 
 @_gather_dot.register_fake
-def _(
-    idx_NK: Tensor,
-    x_NV: Tensor,
-    table_RV: Tensor,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    num_cores: int,
-    backend: str = AUTO,
-) -> Tensor:
+def _(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores, *_):  # type: ignore[no-untyped-def]
     return x_NV.new_empty(*idx_NK.shape, num_cores)
 
 

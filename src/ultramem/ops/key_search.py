@@ -73,7 +73,7 @@ def _run(
     top_k: int,
     coarse_top_k: int,
     search: str,
-    backend: str,
+    backend: str = backends.AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, slots, and the fine scores [N, H, K, 2, r] of the selected keys, which the gradients need."""
     chosen = choose_search("key_search", search, backend, query_N2Qd, keys_H2Srd)
@@ -93,21 +93,7 @@ def _run(
     return scores, slots, torch.stack([take_keys(row, rows), take_keys(col, cols)], dim=3)
 
 
-@torch.library.custom_op("ultramem::key_search", mutates_args=())
-def _key_search(
-    query_N2Qd: Tensor,
-    keys_H2Srd: Tensor,
-    cores_CHrr: Tensor,
-    row_direction_Hr: Tensor,
-    col_direction_Hr: Tensor,
-    contracted_2HSe: Tensor | None,
-    top_k: int,
-    coarse_top_k: int,
-    search: str,
-    backend: str = backends.AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
-    operands = (query_N2Qd, keys_H2Srd, cores_CHrr, row_direction_Hr, col_direction_Hr, contracted_2HSe)
-    return _run(*operands, top_k, coarse_top_k, search, backend)
+_key_search = torch.library.custom_op("ultramem::key_search", _run, mutates_args=())
 
 
 @_key_search.register_fake

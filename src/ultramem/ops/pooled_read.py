@@ -53,7 +53,7 @@ def _run(
     activation: str | None,
     block_NK: Tensor | None,
     num_blocks: int,
-    backend: str,
+    backend: str = AUTO,
 ) -> Tensor:
     operands = (values_RV, scores_NKC, x_NU, pre_values_RU)
     same_dtype = values_RV.dtype == pre_values_RU.dtype
@@ -65,19 +65,7 @@ def _run(
     return _composed(idx_NK, scores_NKC, values_RV, x_NU, pre_values_RU, activation, block_NK, num_blocks, backend)
 
 
-@torch.library.custom_op("ultramem::pooled_read", mutates_args=())
-def _pooled_read(
-    idx_NK: Tensor,
-    scores_NKC: Tensor,
-    values_RV: Tensor,
-    x_NU: Tensor,
-    pre_values_RU: Tensor,
-    activation: str | None,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    backend: str = AUTO,
-) -> Tensor:
-    return _run(idx_NK, scores_NKC, values_RV, x_NU, pre_values_RU, activation, block_NK, num_blocks, backend)
+_pooled_read = torch.library.custom_op("ultramem::pooled_read", _run, mutates_args=())
 
 
 @_pooled_read.register_fake

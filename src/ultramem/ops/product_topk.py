@@ -210,7 +210,7 @@ def _run(
     top_k: int,
     coarse_top_k: int,
     search: str,
-    backend: str,
+    backend: str = backends.AUTO,
 ) -> tuple[Tensor, Tensor]:
     operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
     chosen = choose_search("product_topk", search, backend, row_scores_NHSr)
@@ -220,20 +220,7 @@ def _run(
     return search_fine_scores(chosen, *operands, top_k, coarse_top_k, search)
 
 
-@torch.library.custom_op("ultramem::product_topk", mutates_args=())
-def _product_topk(
-    row_scores_NHSr: Tensor,
-    col_scores_NHSr: Tensor,
-    cores_CHrr: Tensor | None,
-    row_direction_Hr: Tensor | None,
-    col_direction_Hr: Tensor | None,
-    top_k: int,
-    coarse_top_k: int,
-    search: str,
-    backend: str = backends.AUTO,
-) -> tuple[Tensor, Tensor]:
-    operands = (row_scores_NHSr, col_scores_NHSr, cores_CHrr, row_direction_Hr, col_direction_Hr)
-    return _run(*operands, top_k, coarse_top_k, search, backend)
+_product_topk = torch.library.custom_op("ultramem::product_topk", _run, mutates_args=())
 
 
 @_product_topk.register_fake

@@ -47,7 +47,7 @@ def _run(
     num_rows: int,
     block_NK: Tensor | None,
     num_blocks: int,
-    backend: str,
+    backend: str = AUTO,
 ) -> Tensor:
     chosen = choose("scatter", backend, x_NV, w_NKC)
     if chosen == CPU:
@@ -60,29 +60,11 @@ def _run(
     return scatter_reference(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
 
 
-@torch.library.custom_op("ultramem::scatter", mutates_args=())
-def _scatter(
-    idx_NK: Tensor,
-    w_NKC: Tensor,
-    x_NV: Tensor,
-    num_rows: int,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    backend: str = AUTO,
-) -> Tensor:
-    return _run(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks, backend)
+_scatter = torch.library.custom_op("ultramem::scatter", _run, mutates_args=())
 
 
 @_scatter.register_fake
-def _(
-    idx_NK: Tensor,
-    w_NKC: Tensor,
-    x_NV: Tensor,
-    num_rows: int,
-    block_NK: Tensor | None,
-    num_blocks: int,
-    backend: str = AUTO,
-) -> Tensor:
+def _(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks, *_):  # type: ignore[no-untyped-def]
     return x_NV.new_empty(num_rows, x_NV.shape[1] // num_blocks, dtype=accumulation_dtype(w_NKC, x_NV))
 
 
