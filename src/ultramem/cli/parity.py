@@ -5,11 +5,14 @@ from typing import Annotated
 
 import typer
 
+from ultramem.cli.loading import choose_device
+
 
 def parity(
     files: Annotated[
         list[Path], typer.Argument(help="Fixtures (*.safetensors), for example tests/golden/*.safetensors")
     ],
+    device: Annotated[str, typer.Option(help="Where the layers run: cpu, cuda, cuda:1 …")] = "cpu",
 ) -> None:
     """Compare our layers with fixtures of published implementations; exit 1 if one differs, 2 if one cannot be used.
 
@@ -18,10 +21,11 @@ def parity(
     from ultramem.errors import CheckpointError
     from ultramem.evaluation.parity import check_fixture
 
+    where = choose_device(device)
     failed = unusable = 0
     for path in files:
         try:
-            report = check_fixture(path)
+            report = check_fixture(path, where)
         except CheckpointError as error:
             typer.echo(f"{path.name}: ERROR: {' '.join(str(error).split())}")
             unusable += 1

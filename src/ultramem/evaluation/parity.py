@@ -37,7 +37,7 @@ class ParityReport:
     failures: tuple[str, ...]
 
 
-def check_fixture(path: Path) -> ParityReport:
+def check_fixture(path: Path, device: torch.device | str = "cpu") -> ParityReport:
     """Compare our layer with one fixture: output, selected slots, their scores, auxiliary losses, every gradient.
 
     Slots, scores and auxiliary losses are compared where the fixture holds them.
@@ -45,6 +45,7 @@ def check_fixture(path: Path) -> ParityReport:
     Args:
         path: a safetensors file whose header holds the layer's settings under the released names
             (tests/golden/README.md).
+        device: where the layer runs.
 
     Raises:
         CheckpointError: the file cannot be read or is no fixture of a layer that exists here.
@@ -52,7 +53,7 @@ def check_fixture(path: Path) -> ParityReport:
     try:
         with safe_open(path, framework="pt") as file:
             settings = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a safetensors fixture: {error}. Name a fixture file, or copy it again."
@@ -88,8 +89,8 @@ def _load(released: ReleasedLayer, layer: MemoryLayer, pool: MemoryPool, tensors
         weights[published] = value
     if missing := sorted(shapes.keys() - weights.keys() - OPTIONAL_TENSORS):
         raise ValueError(f"it lacks the weights {', '.join(missing)} of the layer that its header describes.")
-    layer.to_empty(device="cpu")
-    pool.to_empty(device="cpu")
+    layer.to_empty(device=tensors["in.x"].device)
+    pool.to_empty(device=tensors["in.x"].device)
     with torch.no_grad():
         for published, target in places(released, layer, pool).items():
             target.copy_(weights[published].view(target.shape) if published in weights else torch.ones(()))
