@@ -187,7 +187,7 @@ def table_runs(operands: dict, num_rows: int) -> dict[str, tuple[Run, int]]:
         ),
         # x is small enough to stay in the cache: read once per slot, but not from memory.
         "scatter to rows, sorted": (
-            lambda: tables.scatter_rows(idx, w, x),
+            lambda: tables.scatter_rows(idx, w, x, num_rows),
             indices + num_slots * size + tokens + sparse,
         ),
         "scatter, atomic": (

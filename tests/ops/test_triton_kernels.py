@@ -91,14 +91,14 @@ def compilations(every_tiling):
         yield table_kernels.gather_dot_kernel, {**tables, "out_ptr": dtype}, constants
         yield table_kernels.bag_kernel, {**tables, "out_ptr": dtype}, constants
         yield table_kernels.scatter_atomic_kernel, {**tables, "out_ptr": single}, constants
-        sums = {**tables, "row_ptr": index, "entry_ptr": index, "out_ptr": single, "partial_ptr": single}
-        yield table_kernels.segment_sum_kernel, sums, {**constants, "CHUNK": 64}
-    partials = {"row_ptr": index, "out_ptr": single, "partial_ptr": single}
-    yield table_kernels.add_partials_kernel, partials, {"CHUNK": 64, "BLOCK_P": 16, "BLOCK_V": 128}
+        sums = {**tables, "row_ptr": "*i32", "entry_ptr": index, "out_ptr": single, "partial_ptr": single}
+        yield table_kernels.segment_sum_kernel, sums, {**constants, "CHUNK": 256}
+    partials = {"row_ptr": "*i32", "out_ptr": single, "partial_ptr": single}
+    yield table_kernels.add_partials_kernel, partials, {"CHUNK": 256, "BLOCK_P": 16, "BLOCK_V": 128}
     optional = ["cores_ptr", "core_ptr", "row_direction_ptr", "col_direction_ptr"]
     names = ["row_ptr", "col_ptr", "scores_ptr", *optional]
     for has_cores in (True, False):
-        types = dict.fromkeys(names, single) | {"found_ptr": index, "slots_ptr": index, "keys_ptr": "*i32"}
+        types = dict.fromkeys(names, single) | {"found_ptr": "*i32", "slots_ptr": index, "keys_ptr": "*i32"}
         if not has_cores:
             types |= dict.fromkeys(optional)
         yield search_kernels.coarse_kernel, types, {"HAS_DIRECTIONS": has_cores, "BLOCK_S": 512}

@@ -104,6 +104,7 @@ class RowGradients:
             torch.cat([part.idx_NK for part in parts]),
             torch.cat([part.w_NKC for part in parts]),
             torch.cat([part.x_NV for part in parts]),
+            self.num_rows,
             None
             if first.block_NK is None
             else torch.cat([part.block_NK for part in parts if part.block_NK is not None]),

@@ -105,7 +105,7 @@ def test_sums_of_one_order_where_determinism_is_asked_for(sizes, poisoned_memory
 def test_row_sparse_scatter_returns_the_touched_rows(sizes):
     operands = make_operands(sizes)
     idx, w, x, block = (operands[key] for key in ("idx", "w", "x", "block"))
-    rows, gradients = tables.scatter_rows(idx, w, x, block, sizes[5])
+    rows, gradients = tables.scatter_rows(idx, w, x, sizes[2], block, sizes[5])
     assert torch.equal(rows, idx.unique())
     dense = torch.zeros(sizes[2], sizes[3]).index_copy(0, rows, gradients)
     assert_close(dense, apply("scatter", operands, "reference")[0])

@@ -24,18 +24,24 @@ def configs(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
 
 
 def launch(
-    kernel: Any, num_programs: Callable[[dict[str, int]], int], device_of: Tensor, *arguments: object, **constants: Any
+    kernel: Any,
+    num_programs: Callable[[dict[str, int]], int],
+    device_of: Tensor,
+    *arguments: object,
+    one_order: bool = False,
+    **constants: Any,
 ) -> None:
     """Run an autotuned kernel over a one-dimensional grid on the device of a tensor; a grid of none runs nothing.
 
-    Where PyTorch is asked for deterministic algorithms the kernel's first configuration runs untuned: another block
-    size may add in another order, and which one tuning picks depends on timing.
+    Where PyTorch is asked for deterministic algorithms the kernel's first configuration runs untuned, unless it adds
+    in one order whatever its block sizes: which ones tuning picks depends on timing.
 
     Args:
         kernel: a `triton.autotune`d kernel.
         num_programs: the size of the grid, from the block sizes.
         device_of: the tensor whose device runs the kernel.
         arguments: what the kernel takes.
+        one_order: whether the kernel's sums have the same order with any block sizes.
         constants: its compile-time constants other than block sizes.
     """
     if num_programs(kernel.configs[0].kwargs) == 0:
@@ -45,7 +51,7 @@ def launch(
         return (num_programs(meta),)
 
     with torch.cuda.device_of(device_of):  # type: ignore[no-untyped-call]
-        if torch.are_deterministic_algorithms_enabled():
+        if torch.are_deterministic_algorithms_enabled() and not one_order:
             kernel.fn[grid](*arguments, **constants, **untuned(kernel, constants).all_kwargs())
         else:
             kernel[grid](*arguments, **constants)

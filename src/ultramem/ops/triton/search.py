@@ -46,7 +46,7 @@ def product_topk(
     )
     places = num_tokens * num_heads
     keys = row_scores_NHSr.new_empty(places, 2, coarse_top_k, dtype=torch.int32)
-    found = row_scores_NHSr.new_empty(places, top_k, dtype=torch.int64)
+    found = row_scores_NHSr.new_empty(places, top_k, dtype=torch.int32)
     scores = row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, num_cores)
     slots = row_scores_NHSr.new_empty(num_tokens, num_heads, top_k, dtype=torch.int64)
     launch(
@@ -69,7 +69,7 @@ def product_topk(
         rank_kernel,
         lambda _: places,
         scores,
-        *(row, col, cores, keys, found, scores, slots, num_heads, side, rank, coarse_top_k, top_k, num_cores),
+        *(row, col, core, cores, keys, found, scores, slots, num_heads, side, rank, coarse_top_k, top_k, num_cores),
         HAS_CORES=cores is not None,
         BLOCK_K=triton.next_power_of_2(top_k),
     )

@@ -1,7 +1,7 @@
 """Triton kernels of the two-stage product_topk: the best keys of each side, the best pairs, their order and scores.
 
-Nothing is sorted but the K results: the k-th largest score is found bit by bit by counting, 32 counts over scores that
-stay in registers, and what reaches it is written in its order of appearance. Ties go to the first.
+Nothing is sorted but the K results: the k-th largest score is found bit by bit by counting, at most 32 counts over
+scores that stay in registers, and what reaches it is written in its order of appearance. Ties go to the first.
 """
 
 import triton
@@ -24,22 +24,35 @@ _PRUNED = {"early_config_prune": _fitting}
 
 @triton.jit
 def _ordered(score):
-    """int32 that compares as the float does; NaN is the largest, as in torch.topk."""
+    """uint32 that compares as the float does; NaN is the largest, as in torch.topk."""
     bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _threshold(key, valid, count):
-    """The ``count``-th largest of the valid keys: int64, found from the highest bit down."""
-    lowest = tl.full([], -2147483648, dtype=tl.int64)
-    bit = tl.full([], 2147483648, dtype=tl.int64)
-    for _ in range(32):
-        candidate = lowest + bit
-        reached = tl.sum((valid & (key >= candidate)).to(tl.int32))
-        lowest = tl.where(reached >= count, candidate, lowest)
+def _largest(key, valid, count):
+    """1 for the ``count`` largest of the valid keys, for equal ones as far as there is room; and the room for those.
+
+    Returns:
+        above: 1 where a key is certainly among them; ties: 1 where it equals the smallest of them; room: how many of
+        the ties are.
+    """
+    # Below every candidate.
+    key = tl.where(valid, key, 0)
+    threshold = tl.full([], 0, dtype=tl.uint32)
+    bit = tl.full([], 2147483648, dtype=tl.uint32)
+    reached = count + 1
+    # As soon as as many as are wanted reach the candidate, the remaining bits say nothing.
+    while (bit != 0) & (reached != count):
+        candidate = threshold | bit
+        number = tl.sum((key >= candidate).to(tl.int32))
+        if number >= count:
+            threshold = candidate
+            reached = number
         bit = bit >> 1
-    return lowest
+    above = (valid & (key > threshold)).to(tl.int32)
+    ties = (valid & (key == threshold)).to(tl.int32)
+    return above, ties, count - tl.sum(above)
 
 
 @triton.autotune(_WARPS, key=["side", "rank", "coarse_top_k"], prune_configs_by=_PRUNED, cache_results=True)
@@ -72,13 +85,19 @@ def coarse_kernel(
         if HAS_DIRECTIONS:
             part = part * tl.load(direction_ptr + head * rank + axis)
         score += part
-    ordered = _ordered(score)
-    threshold = _threshold(ordered, valid, coarse_top_k)
-    above = (valid & (ordered > threshold)).to(tl.int32)
-    ties = (valid & (ordered == threshold)).to(tl.int32)
-    kept = (above + ties * (tl.cumsum(ties) <= coarse_top_k - tl.sum(above)).to(tl.int32)) > 0
+    above, ties, room = _largest(_ordered(score), valid, coarse_top_k)
+    kept = (above + ties * (tl.cumsum(ties) <= room).to(tl.int32)) > 0
     position = tl.cumsum(kept.to(tl.int32)) - 1
     tl.store(keys_ptr + program.to(tl.int64) * coarse_top_k + position, key, mask=kept)
+
+
+@triton.jit
+def _turned(row_ptr, core_ptr, row_start, in_side, rank, q):
+    """Entry q of rᵀ A for the row keys whose scores begin at ``row_start``; A is the core at ``core_ptr``."""
+    turned = row_start.to(tl.float32) * 0.0
+    for p in range(rank):
+        turned += tl.load(row_ptr + row_start + p, mask=in_side, other=0.0) * tl.load(core_ptr + p * rank + q)
+    return turned
 
 
 @triton.autotune(_WARPS, key=["rank", "coarse_top_k", "top_k"], prune_configs_by=_PRUNED, cache_results=True)
@@ -97,10 +116,7 @@ def pairs_kernel(
     HAS_CORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The top_k of the pairs of kept keys of one token and head, unordered.
-
-    Each is written as one int64 that sorts by score and holds, inverted, the pair's place in the m × m grid.
-    """
+    """The top_k of the pairs of kept keys of one token and head: their places in the m × m grid, unordered."""
     program = tl.program_id(0)
     place, head = program.to(tl.int64), program % num_heads
     i = tl.arange(0, BLOCK_M)
@@ -110,23 +126,17 @@ def pairs_kernel(
     if HAS_CORES:
         score = tl.full([BLOCK_M, BLOCK_M], 0.0, dtype=tl.float32)
         for q in range(rank):
-            turned = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
-            for p in range(rank):
-                weight = tl.load(core_ptr + (head * rank + p) * rank + q)
-                turned += tl.load(row_ptr + row_start + p, mask=in_side, other=0.0) * weight
+            turned = _turned(row_ptr, core_ptr + head * rank * rank, row_start, in_side, rank, q)
             score += turned[:, None] * tl.load(col_ptr + col_start + q, mask=in_side, other=0.0)[None, :]
     else:
         row = tl.load(row_ptr + row_start, mask=in_side, other=0.0)
         score = row[:, None] + tl.load(col_ptr + col_start, mask=in_side, other=0.0)[None, :]
-    ordered = _ordered(score)
-    valid = in_side[:, None] & in_side[None, :]
-    threshold = _threshold(ordered, valid, top_k)
-    above = (valid & (ordered > threshold)).to(tl.int32)
-    ties = (valid & (ordered == threshold)).to(tl.int32)
-    kept = above + ties * (_order_of_appearance(ties) < top_k - tl.sum(above)).to(tl.int32)
+    above, ties, room = _largest(_ordered(score), in_side[:, None] & in_side[None, :], top_k)
+    if tl.sum(ties) > room:
+        ties = ties * (_order_of_appearance(ties) < room).to(tl.int32)
+    kept = above + ties
     pair = i[:, None] * coarse_top_k + i[None, :]
-    packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - pair).to(tl.int64)
-    tl.store(found_ptr + place * top_k + _order_of_appearance(kept), packed, mask=kept > 0)
+    tl.store(found_ptr + place * top_k + _order_of_appearance(kept), pair, mask=kept > 0)
 
 
 @triton.jit
@@ -142,6 +152,7 @@ def _order_of_appearance(marked):
 def rank_kernel(
     row_ptr,
     col_ptr,
+    core_ptr,
     cores_ptr,
     keys_ptr,
     found_ptr,
@@ -161,12 +172,23 @@ def rank_kernel(
     place, head = program.to(tl.int64), program % num_heads
     k = tl.arange(0, BLOCK_K)
     in_k = k < top_k
+    rows_ptr, cols_ptr = keys_ptr + 2 * place * coarse_top_k, keys_ptr + (2 * place + 1) * coarse_top_k
+    pair = tl.load(found_ptr + place * top_k + k, mask=in_k, other=0)
+    row_start = (place * side + tl.load(rows_ptr + pair // coarse_top_k)) * rank
+    col_start = (place * side + tl.load(cols_ptr + pair % coarse_top_k)) * rank
+    if HAS_CORES:
+        score = tl.full([BLOCK_K], 0.0, dtype=tl.float32)
+        for q in range(rank):
+            turned = _turned(row_ptr, core_ptr + head * rank * rank, row_start, in_k, rank, q)
+            score += turned * tl.load(col_ptr + col_start + q)
+    else:
+        score = tl.load(row_ptr + row_start) + tl.load(col_ptr + col_start)
+    # As signed numbers, which is how they are sorted, in the order of the unsigned ones; of equal scores the first.
+    packed = ((_ordered(score).to(tl.int64) - 2147483648) << 32) | (0x7FFFFFFF - pair).to(tl.int64)
     # What pads the block sorts last: no packed score is that small.
-    packed = tl.load(found_ptr + place * top_k + k, mask=in_k, other=-9223372036854775808)
-    pair = 0x7FFFFFFF - (tl.sort(packed, descending=True) & 0x7FFFFFFF).to(tl.int32)
-    pair = tl.where(in_k, pair, 0)
-    row_key = tl.load(keys_ptr + 2 * place * coarse_top_k + pair // coarse_top_k)
-    col_key = tl.load(keys_ptr + (2 * place + 1) * coarse_top_k + pair % coarse_top_k)
+    packed = tl.where(in_k, packed, -9223372036854775808)
+    pair = tl.where(in_k, 0x7FFFFFFF - (tl.sort(packed, descending=True) & 0x7FFFFFFF).to(tl.int32), 0)
+    row_key, col_key = tl.load(rows_ptr + pair // coarse_top_k), tl.load(cols_ptr + pair % coarse_top_k)
     tl.store(slots_ptr + place * top_k + k, row_key.to(tl.int64) * side + col_key, mask=in_k)
     row_start, col_start = (place * side + row_key) * rank, (place * side + col_key) * rank
     out = scores_ptr + (place * top_k + k) * num_cores
@@ -174,10 +196,7 @@ def rank_kernel(
         for core in range(num_cores):
             score = tl.full([BLOCK_K], 0.0, dtype=tl.float32)
             for q in range(rank):
-                turned = tl.full([BLOCK_K], 0.0, dtype=tl.float32)
-                for p in range(rank):
-                    weight = tl.load(cores_ptr + ((core * num_heads + head) * rank + p) * rank + q)
-                    turned += tl.load(row_ptr + row_start + p) * weight
+                turned = _turned(row_ptr, cores_ptr + (core * num_heads + head) * rank * rank, row_start, in_k, rank, q)
                 score += turned * tl.load(col_ptr + col_start + q)
             tl.store(out + core, score, mask=in_k)
     else:

@@ -35,8 +35,15 @@ _SCATTER = configs(
     ({"BLOCK_K": 16, "BLOCK_V": 64}, 4),
     ({"BLOCK_K": 16, "BLOCK_V": 128}, 8),
 )
+# Most runs are short: the rows of several side by side are what is in flight.
 _SEGMENT_SUM = configs(
-    ({"BLOCK_V": 128}, 1), ({"BLOCK_V": 256}, 1), ({"BLOCK_V": 256}, 2), ({"BLOCK_V": 512}, 2), ({"BLOCK_V": 64}, 1)
+    ({"BLOCK_R": 4, "BLOCK_V": 128}, 2),
+    ({"BLOCK_R": 8, "BLOCK_V": 128}, 4),
+    ({"BLOCK_R": 4, "BLOCK_V": 256}, 4),
+    ({"BLOCK_R": 8, "BLOCK_V": 64}, 2),
+    ({"BLOCK_R": 16, "BLOCK_V": 64}, 4),
+    ({"BLOCK_R": 2, "BLOCK_V": 256}, 2),
+    ({"BLOCK_R": 1, "BLOCK_V": 256}, 1),
 )
 _SHAPE = ["num_selected", "slice_width", "FEW_TOKENS"]
 
@@ -192,6 +199,7 @@ def segment_sum_kernel(
     out_ptr,
     partial_ptr,
     num_entries,
+    num_rows,
     num_selected,
     slice_width,
     num_cores,
@@ -199,42 +207,47 @@ def segment_sum_kernel(
     HAS_BLOCKS: tl.constexpr,
     FEW_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Sum one piece of one row's entries, in their order, into the row or into the piece's partial sum.
+    """Sum pieces of rows' entries, in their order, each into its row or into the piece's partial sum.
 
     ``row_ptr`` holds the rows of all (token, slot) entries in ascending order, ``entry_ptr`` which entry each one is. A
     row's entries are one run; a piece ends with its run or with its CHUNK of the list, so that a row that every token
     selected does not wait for one program. The run's first piece writes the row, a later one, which begins with its
-    chunk, writes the chunk's partial sum.
+    chunk, writes the chunk's partial sum. A program takes the pieces that begin at BLOCK_R places side by side.
     """
     num_tiles = (slice_width + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < slice_width
     core = program // num_tiles % num_cores
-    first = program // (num_tiles * num_cores)
+    first = program // (num_tiles * num_cores) * BLOCK_R + tl.arange(0, BLOCK_R)
     column += core * slice_width
     width = slice_width * num_cores
-    row = tl.load(row_ptr + first)
-    starts_run = row != tl.load(row_ptr + first - 1, mask=first > 0, other=-1)
-    if starts_run | (first % CHUNK == 0):
-        later = first + tl.arange(0, CHUNK)
-        in_piece = (later < num_entries) & (later // CHUNK == first // CHUNK)
-        in_piece = in_piece & (tl.load(row_ptr + later, mask=in_piece, other=-1) == row)
-        total = tl.full([BLOCK_V], 0.0, dtype=tl.float32)
-        # One entry after the other: the order of the sum depends on no block size.
-        for offset in range(tl.sum(in_piece.to(tl.int32))):
-            entry = tl.load(entry_ptr + first + offset).to(tl.int64)
-            x_start = entry // num_selected * num_blocks
-            if HAS_BLOCKS:
-                x_start += tl.load(block_ptr + entry).to(tl.int64)
-            w = tl.load(w_ptr + entry * num_cores + core).to(tl.float32)
-            total += w * tl.load(x_ptr + x_start * width + column, mask=in_v, other=0.0).to(tl.float32)
-        if starts_run:
-            tl.store(out_ptr + row.to(tl.int64) * width + column, total, mask=in_v)
-        else:
-            tl.store(partial_ptr + (first // CHUNK).to(tl.int64) * width + column, total, mask=in_v)
+    row = tl.load(row_ptr + first, mask=first < num_entries, other=-1)
+    tl.device_assert((row < num_rows) & ((row >= 0) | (first >= num_entries)), "scatter: a row lies outside the table")
+    starts_run = row != tl.load(row_ptr + first - 1, mask=(first > 0) & (first < num_entries), other=-1)
+    goes_on = (first < num_entries) & (starts_run | (first % CHUNK == 0))
+    out_mask, partial_mask = goes_on & starts_run, goes_on & (starts_run == 0)
+    total = tl.full([BLOCK_R, BLOCK_V], 0.0, dtype=tl.float32)
+    place = first
+    # One entry after the other: the order of the sums depends on no block size.
+    while tl.max(goes_on.to(tl.int32)) > 0:
+        entry = tl.load(entry_ptr + place, mask=goes_on, other=0).to(tl.int64)
+        x_start = entry // num_selected * num_blocks
+        if HAS_BLOCKS:
+            x_start += tl.load(block_ptr + entry, mask=goes_on, other=0).to(tl.int64)
+        w = tl.load(w_ptr + entry * num_cores + core, mask=goes_on, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + x_start[:, None] * width + column[None, :], mask=goes_on[:, None] & in_v[None, :], other=0.0)
+        total += w[:, None] * x.to(tl.float32)
+        place += 1
+        goes_on = goes_on & (place < num_entries) & (place % CHUNK != 0)
+        goes_on = goes_on & (tl.load(row_ptr + place, mask=goes_on, other=-1) == row)
+    out = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out, total, mask=out_mask[:, None] & in_v[None, :])
+    partial = partial_ptr + (first // CHUNK).to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(partial, total, mask=partial_mask[:, None] & in_v[None, :])
 
 
 @triton.jit

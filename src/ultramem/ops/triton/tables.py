@@ -15,7 +15,7 @@ from ultramem.ops.triton.table_kernels import (
 )
 
 # A run of equal rows longer than this is summed by several programs.
-_CHUNK_ENTRIES = 4 if interpreted() else 64
+_CHUNK_ENTRIES = 4 if interpreted() else 256
 # Never tuned: their sizes decide the order of a sum that must repeat.
 _PARTIAL_BLOCKS = {"BLOCK_P": 2, "BLOCK_V": 4} if interpreted() else {"BLOCK_P": 16, "BLOCK_V": 128}
 
@@ -78,8 +78,10 @@ def scatter(
     """
     if torch.are_deterministic_algorithms_enabled():
         _check_indices("scatter", idx_NK, num_rows, block_NK, num_blocks)
-        rows, entries = _sort_entries(idx_NK)
-        return _segment_sum(rows, entries, w_NKC, x_NV, num_rows, block_NK, num_blocks)
+        rows, entries = _sort_entries(idx_NK, num_rows)
+        out = torch.zeros(num_rows, x_NV.shape[1] // num_blocks, dtype=torch.float32, device=x_NV.device)
+        _segment_sum(rows, entries, w_NKC, x_NV, block_NK, num_blocks, out)
+        return out
     return scatter_atomic(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
 
 
@@ -110,22 +112,35 @@ def scatter_atomic(
 
 
 def scatter_rows(
-    idx_NK: Tensor, w_NKC: Tensor, x_NV: Tensor, block_NK: Tensor | None = None, num_blocks: int = 1
+    idx_NK: Tensor,
+    w_NKC: Tensor,
+    x_NV: Tensor,
+    num_rows: int,
+    block_NK: Tensor | None = None,
+    num_blocks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`scatter` onto the touched rows alone, for tables whose gradient must not become dense; always deterministic.
 
     Returns:
         rows [M] int64, sorted and distinct, and what they receive, [M, V] in fp32.
     """
-    _check_indices("scatter", idx_NK, torch.iinfo(idx_NK.dtype).max, block_NK, num_blocks)
-    rows, entries = _sort_entries(idx_NK)
+    _check_indices("scatter", idx_NK, num_rows, block_NK, num_blocks)
+    rows, entries = _sort_entries(idx_NK, num_rows)
     touched, position = torch.unique_consecutive(rows, return_inverse=True)
-    return touched.long(), _segment_sum(position, entries, w_NKC, x_NV, touched.numel(), block_NK, num_blocks)
+    width = x_NV.shape[1] // num_blocks
+    # Each row is some run's, which writes it.
+    out = torch.empty(touched.numel(), width, dtype=torch.float32, device=x_NV.device)
+    _segment_sum(position, entries, w_NKC, x_NV, block_NK, num_blocks, out)
+    return touched.long(), out
 
 
-def _sort_entries(idx_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _sort_entries(idx_NK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """The selected rows in ascending order, and the flat (token, slot) entry of each; equal rows keep their order."""
-    rows, entries = idx_NK.reshape(-1).sort(stable=True)
+    rows = idx_NK.reshape(-1)
+    if num_rows <= torch.iinfo(torch.int32).max:
+        # Half as many digits to sort by.
+        rows = rows.int()
+    rows, entries = rows.sort(stable=True)
     return rows, entries
 
 
@@ -134,22 +149,26 @@ def _segment_sum(
     entries: Tensor,
     w_NKC: Tensor,
     x_NV: Tensor,
-    num_rows: int,
     block_NK: Tensor | None,
     num_blocks: int,
-) -> Tensor:
+    out: Tensor,
+) -> None:
+    """Write the sums of equal rows' entries into these rows of ``out`` [R, V]; other rows stay as they are."""
     num_tokens, num_selected, num_cores = w_NKC.shape
-    width, num_entries = x_NV.shape[1] // num_blocks, rows.numel()
+    (num_rows, width), num_entries = out.shape, rows.numel()
     slice_width = width // num_cores
     w, x, block = contiguous([w_NKC, x_NV, block_NK])
-    out = torch.zeros(num_rows, width, dtype=torch.float32, device=x_NV.device)
     num_chunks = triton.cdiv(num_entries, _CHUNK_ENTRIES)
     partial = torch.empty(num_chunks, width, dtype=torch.float32, device=x_NV.device)
+    sizes = (num_entries, num_rows, num_selected, slice_width, num_cores, num_blocks)
     launch(
         segment_sum_kernel,
-        lambda blocks: num_entries * num_cores * triton.cdiv(slice_width, blocks["BLOCK_V"]),
+        lambda blocks: (
+            triton.cdiv(num_entries, blocks["BLOCK_R"]) * num_cores * triton.cdiv(slice_width, blocks["BLOCK_V"])
+        ),
         out,
-        *(rows, entries, w, x, block, out, partial, num_entries, num_selected, slice_width, num_cores, num_blocks),
+        *(rows, entries, w, x, block, out, partial, *sizes),
+        one_order=True,
         HAS_BLOCKS=block is not None,
         FEW_TOKENS=num_tokens < FEW_TOKENS,
         CHUNK=_CHUNK_ENTRIES,
@@ -159,7 +178,6 @@ def _segment_sum(
             add_partials_kernel[((num_chunks - 1) * triton.cdiv(width, _PARTIAL_BLOCKS["BLOCK_V"]),)](
                 *(rows, out, partial, num_entries, width), CHUNK=_CHUNK_ENTRIES, **_PARTIAL_BLOCKS, num_warps=4
             )
-    return out
 
 
 def _check_indices(name: str, idx_NK: Tensor, num_rows: int, block_NK: Tensor | None, num_blocks: int) -> None:
