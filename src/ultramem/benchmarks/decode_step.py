@@ -1,7 +1,7 @@
 """One decode step as a model's users have it: the next token of every sequence, behind a filled KV cache."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class DecodeStep:
 
     def draw(self) -> Tensor:
         """Random tokens [B, 1]."""
-        return torch.randint(self.model.config.vocab_size, (self.batch_size, 1))
+        return torch.randint(self.model.config.vocab_size, (self.batch_size, 1), device=self.model.device)
 
     def prepare(self) -> Callable[[], Tensor]:
         """Draw fresh tokens, untimed, and return the step."""
@@ -95,6 +95,47 @@ class DecodeStep:
             self.cache.crop(-extra)
 
 
+class CapturedDecodeStep(DecodeStep):
+    """A decode step as a CUDA graph, as servers run it: the host starts one graph instead of hundreds of kernels.
+
+    What is captured is the model's own forward on the kernels of its operators.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, batch_size: int) -> None:
+        super().__init__(model, cache, batch_size)
+        self._ids_B1 = self.draw()
+        # Kernels are compiled and tuned, and libraries set up, before anything is captured.
+        stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forget()
+                self._run(self._ids_B1)
+        torch.cuda.current_stream(model.device).wait_stream(stream)
+        self._forget()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = cast(Tensor, self._run(self._ids_B1).logits)
+
+    def prepare(self) -> Callable[[], Tensor]:
+        """Draw fresh tokens, untimed, and return the step."""
+        timed = super().prepare()
+        self._ids_B1.copy_(self.last_ids_B1)
+        return timed
+
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        """Logits [B, 1, vocabulary] of the token after the one that was prepared, valid until the next step."""
+        del ids_B1
+        self._graph.replay()
+        return self._logits
+
+
+def make_step(model: PreTrainedModel, cache: Cache, batch_size: int) -> DecodeStep:
+    """The decode step that is measured on a model's device: on a CUDA device a captured one."""
+    kind = CapturedDecodeStep if model.device.type == "cuda" else DecodeStep
+    return kind(model, cache, batch_size)
+
+
 def cache_bytes(model: PreTrainedModel, batch_size: int, kv_length_tokens: int) -> int:
     """Bytes of the keys and values of so many sequences."""
     config = model.config
@@ -118,7 +159,7 @@ def fitting_kv_length(
     Returns:
         tokens per sequence, at least 1.
     """
-    free = available_bytes() if free_bytes is None else free_bytes
+    free = available_bytes(model.device) if free_bytes is None else free_bytes
     length = wanted_tokens
     while free is not None and length > 1 and num_caches * cache_bytes(model, batch_size, length) > CACHE_SHARE * free:
         length //= 2

@@ -27,6 +27,8 @@ BANDWIDTH_BUFFER_BYTES = 2**31
 Prepared = Callable[[], object]
 Tick = Callable[[str], None]
 
+CPU_DEVICE = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Competitor:
@@ -74,7 +76,11 @@ class Timing:
 
 
 def alternate(
-    competitors: Mapping[str, Competitor], num_runs: int, num_warmups: int = NUM_WARMUPS, tick: Tick | None = None
+    competitors: Mapping[str, Competitor],
+    num_runs: int,
+    num_warmups: int = NUM_WARMUPS,
+    tick: Tick | None = None,
+    device: torch.device = CPU_DEVICE,
 ) -> dict[str, Timing]:
     """Time competitors in turns, A B C A B C …, so that what else the machine does meets all of them alike.
 
@@ -86,6 +92,7 @@ def alternate(
         num_runs: rounds that count.
         num_warmups: rounds before, which do not.
         tick: called with the competitor's name after each of its runs.
+        device: whose work is waited for, before and at the end of a run.
 
     Returns:
         The times of each, by name.
@@ -96,8 +103,10 @@ def alternate(
             for name, competitor in competitors.items():
                 competitor.prepare()()
                 timed = competitor.prepare()
+                _wait_for(device)
                 start_s = time.perf_counter()
                 timed()
+                _wait_for(device)
                 elapsed_s = time.perf_counter() - start_s
                 # What a run holds, such as gradients, must not stand in the next competitor's way.
                 del timed
@@ -106,6 +115,11 @@ def alternate(
                 if tick is not None:
                     tick(name)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -145,19 +159,22 @@ def huge_page_tensor(*shape: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1).view(shape)
 
 
-def peak_read_bandwidth(num_runs: int = MIN_RUNS, buffer_bytes: int = BANDWIDTH_BUFFER_BYTES) -> float:
-    """Bytes per second at which this device reads memory in order, on PyTorch's present threads.
+def peak_read_bandwidth(
+    num_runs: int = MIN_RUNS, buffer_bytes: int = BANDWIDTH_BUFFER_BYTES, device: torch.device = CPU_DEVICE
+) -> float:
+    """Bytes per second at which a device reads memory in order; the CPU on PyTorch's present threads.
 
     Several reductions over one buffer far larger than the caches, in huge pages; the fastest run of the best one.
     """
-    buffer = huge_page_tensor(buffer_bytes // 4)
+    num_elements = buffer_bytes // 4
+    buffer = huge_page_tensor(num_elements) if device.type == "cpu" else torch.ones(num_elements, device=device)
     readers: tuple[Prepared, ...] = (
         buffer.sum,
         buffer.view(torch.int64).sum,
         lambda: torch.dot(buffer, buffer),
     )
     competitors = {str(number): Competitor(lambda read=read: read) for number, read in enumerate(readers)}  # type: ignore[misc]
-    times = alternate(competitors, num_runs, num_warmups=1)
+    times = alternate(competitors, num_runs, num_warmups=1, device=device)
     return buffer.nbytes / min(timing.fastest_s for timing in times.values())
 
 
@@ -178,8 +195,12 @@ def huge_pages() -> str:
     return setting.partition("[")[2].partition("]")[0] or "unknown"
 
 
-def available_bytes() -> int | None:
-    """Memory that programs can still have, in bytes; None where the system does not tell."""
+def available_bytes(device: torch.device = CPU_DEVICE) -> int | None:
+    """Memory of a device that programs can still have, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        # What PyTorch keeps of what was freed is free as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -188,10 +209,14 @@ def available_bytes() -> int | None:
     return 1024 * found[0] if found else None
 
 
-def describe_device() -> dict[str, Any]:
+def describe_device(device: torch.device = CPU_DEVICE) -> dict[str, Any]:
     """What a time was measured on: processor, threads, versions, huge pages, and how busy the machine already was."""
+    accelerator = {}
+    if device.type == "cuda":
+        accelerator = {"accelerator": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     packages = ("transformers", "ultra-mem", "PEER-pytorch", "product-key-memory")
     return {
+        **accelerator,
         "processor": processor_name(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

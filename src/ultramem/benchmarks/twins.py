@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
+from ultramem.benchmarks.measure import CPU_DEVICE
 from ultramem.benchmarks.targets import DENSE, MOE, OLMO2, OLMOE, V2
 from ultramem.errors import ConfigError
 from ultramem.model import UltraMemConfig, UltraMemForCausalLM, cost_card
@@ -16,6 +17,7 @@ NAMES = (V2, DENSE, MOE)
 FAMILIES = {
     **{size: (f"{size}-ultramem_v2", f"{size}-dense", f"{size}-moe") for size in ("tiny", "small", "base")},
     "227m": ("ultramem_v2-227m-1.2b", "dense-227m", "olmoe-227m-1.2b"),
+    "1b": ("ultramem_v2-1b-7b", "dense-1b", "olmoe-1b-7b"),
 }
 """Presets of `NAMES`, in that order."""
 MOST_KEYS, MOST_EXPERTS = 2**14, 2**16
@@ -153,36 +155,45 @@ def _search(size_of: Callable[[int], int], wanted: int, low: int, high: int) -> 
     return min((low, max(1, low - 1)), key=lambda number: abs(size_of(number) - wanted))
 
 
-def build_model(config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16) -> UltraMemForCausalLM:
+def build_model(
+    config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU_DEVICE
+) -> UltraMemForCausalLM:
     """A random model in evaluation mode, its search refreshed."""
     torch.manual_seed(0)
-    model = UltraMemForCausalLM(config).to(dtype).eval()
+    # Drawn where it stays: the largest take minutes elsewhere.
+    with device:
+        model = UltraMemForCausalLM(config).to(dtype).eval()
     model.refresh_retrieval()
     return model
 
 
-def build_olmo2(config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def build_olmo2(
+    config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU_DEVICE
+) -> PreTrainedModel:
     """OLMo 2 of transformers at the sizes of a dense decoder, as it comes."""
     torch.manual_seed(0)
-    model: PreTrainedModel = Olmo2ForCausalLM(
-        Olmo2Config(intermediate_size=config.intermediate_size, **_common(config))
-    )
+    with device:
+        model: PreTrainedModel = Olmo2ForCausalLM(
+            Olmo2Config(intermediate_size=config.intermediate_size, **_common(config))
+        )
     return model.to(dtype).eval()
 
 
-def build_olmoe(config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def build_olmoe(
+    config: UltraMemConfig, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU_DEVICE
+) -> PreTrainedModel:
     """OLMoE of transformers at the sizes of a decoder with a mixture of experts, as it comes."""
     ffn = config.ffn_config
     assert isinstance(ffn, MoEFFNConfig)
     torch.manual_seed(0)
-    model: PreTrainedModel = OlmoeForCausalLM(
-        OlmoeConfig(
-            intermediate_size=ffn.expert_size(config.intermediate_size),
-            num_experts=ffn.num_experts,
-            num_experts_per_tok=ffn.num_experts_per_tok,
-            **_common(config),
-        )
+    olmoe_config = OlmoeConfig(
+        intermediate_size=ffn.expert_size(config.intermediate_size),
+        num_experts=ffn.num_experts,
+        num_experts_per_tok=ffn.num_experts_per_tok,
+        **_common(config),
     )
+    with device:
+        model: PreTrainedModel = OlmoeForCausalLM(olmoe_config)
     return model.to(dtype).eval()
 
 
@@ -202,7 +213,7 @@ def _common(config: UltraMemConfig) -> dict[str, Any]:
     }
 
 
-BUILDERS: dict[str, tuple[str, Callable[[UltraMemConfig], PreTrainedModel]]] = {
+BUILDERS: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
     V2: (V2, build_model),
     DENSE: (DENSE, build_model),
     MOE: (MOE, build_model),
