@@ -31,8 +31,22 @@ def run(invoke, *arguments):
 VERBS = {
     "op": (
         "operators.run_operators",
-        ("--rows", 300, "--width", 8, "--top-k", 4, "--tokens", 6, "--growth-rows", "64,128", "--no-compile"),
-        {"num_rows": 300, "width": 8, "top_k": 4, "num_tokens": 6, "growth_rows": (64, 128)},
+        (
+            "--rows",
+            300,
+            "--width",
+            8,
+            "--top-k",
+            4,
+            "--tokens",
+            6,
+            "--growth-rows",
+            "64,128",
+            "--dtype",
+            "bf16",
+            "--no-compile",
+        ),
+        {"num_rows": 300, "width": 8, "top_k": 4, "num_tokens": 6, "growth_rows": (64, 128), "dtype": "bf16"},
     ),
     "layer": (
         "memory_layers.run_layers",

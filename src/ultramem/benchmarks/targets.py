@@ -8,6 +8,7 @@ from ultramem.benchmarks.cases import Case
 
 OURS = "cpu kernels"
 FUSED = "cpu kernels, fused read"
+ROWS = "cpu kernels, row gradients"
 REFERENCE = "reference path"
 PLAIN = "plain PyTorch"
 ULTRA_MEM = "ultra-mem"
