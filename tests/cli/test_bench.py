@@ -174,7 +174,7 @@ def test_a_figure_is_measured_and_measured_again(invoke, tmp_path, monkeypatch):
     error = invoke(*arguments[:-1], 2, "--output", tmp_path / "figure").exception
     assert isinstance(error, ConfigError)
     assert "threads 1 → 2" in str(error)
-    third = run(invoke, *arguments[:-1], 2, "--output", tmp_path / "figure", "--restart")
+    third = run(invoke, *arguments, "--output", tmp_path / "figure", "--restart")
     assert "measuring 6 points" in third.output
 
 
