@@ -81,6 +81,9 @@ def test_huge_page_tensors_are_ones_and_writable():
     assert float(table.sum()) == 210
     table[2] = 5
     assert float(table.sum()) == 238
+    narrow = huge_page_tensor(30, 7, dtype=torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    assert float(narrow.float().sum()) == 210
 
 
 def test_bandwidth_is_that_of_the_fastest_reader(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from ultramem.benchmarks import memory_layers, training_step
+from ultramem.benchmarks import memory_layers, operators, training_step
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.decoding import DecodeSizes, run_decoding
 from ultramem.benchmarks.memory_layers import LayerSizes, run_layers
-from ultramem.benchmarks.operators import EMBEDDING_BAG, OperatorSizes, run_operators
+from ultramem.benchmarks.operators import EMBEDDING_BAG, REFERENCE_ROWS, OperatorSizes, run_operators
 from ultramem.benchmarks.report import print_report, run_benchmark
 from ultramem.benchmarks.targets import (
     DENSE,
@@ -26,6 +27,7 @@ from ultramem.benchmarks.targets import (
     PLAIN,
     REFERENCE,
     ROW_GRADIENTS,
+    ROWS,
     TARGETS,
     ULTRA_MEM,
     V2,
@@ -33,6 +35,7 @@ from ultramem.benchmarks.targets import (
 from ultramem.benchmarks.training_step import TrainSizes, run_training
 from ultramem.errors import BackendError, ConfigError, PeerError
 from ultramem.model import UltraMemConfig
+from ultramem.ops import RowGradients
 
 ROOT = Path(__file__).parents[2]
 TINY_OPERATORS = OperatorSizes(
@@ -55,22 +58,55 @@ def no_peers(monkeypatch):
     monkeypatch.setattr("ultramem.benchmarks.peers.load_peer", missing)
 
 
-def test_operators():
-    cases = {case.name: case for case in run_operators(TINY_OPERATORS, 7, use_compile=False)}
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_operators(dtype, element_bytes, monkeypatch):
+    monkeypatch.setattr(operators, "SINGLE_TOKEN_CALLS", 3)
+    sizes = replace(TINY_OPERATORS, dtype=dtype)
+    cases = {case.name: case for case in run_operators(sizes, 7, use_compile=False)}
     lookups = {OURS, FUSED, REFERENCE, PLAIN}
     assert {name: competitors(case) for name, case in cases.items()} == {
         "lookup, 6 tokens": lookups,
         "lookup, 1 token": lookups,
         "bag": {OURS, EMBEDDING_BAG, PLAIN},
+        "lookup, forward + backward": {OURS, ROWS, REFERENCE, REFERENCE_ROWS, PLAIN},
         "scatter": {OURS, REFERENCE, "index_add_"},
         "scatter, rows": {OURS, REFERENCE, "sparse_coo_tensor.coalesce"},
         "product_topk": {OURS, REFERENCE},
         "growth": {"64 rows", "128 rows"},
     }
-    assert cases["lookup, 6 tokens"].bytes_read == 6 * 4 * (8 + 8) * 4
-    assert cases["bag"].bytes_read == 6 * 4 * 8 * 4
+    assert cases["lookup, 6 tokens"].bytes_read == 6 * 4 * (8 + 8) * element_bytes
+    assert cases["bag"].bytes_read == 6 * 4 * 8 * element_bytes
+    assert not any(case.unavailable for case in cases.values())
+    assert [name for name, case in cases.items() if dtype not in case.sizes] == ["product_topk"] * (dtype == "bf16")
     assert not any(case.at_target_sizes for case in cases.values())
     assert all(len(timing.seconds) == 7 for case in cases.values() for timing in case.timings.values())
+
+
+@pytest.mark.parametrize("dtype", operators.DTYPES)
+def test_every_way_to_look_up_gives_the_same_gradients(dtype, monkeypatch):
+    """They stay behind where a run left them: on the tables, or in collectors."""
+    sizes, collectors, found = replace(TINY_OPERATORS, dtype=dtype), [], {}
+    tables, idx_NK = operators._tables(sizes, sizes.scatter_rows), torch.randperm(sizes.scatter_rows)[:24].view(6, 4)
+    monkeypatch.setattr(operators, "_tables", lambda *_: tables)
+    monkeypatch.setattr(operators._Draws, "indices", lambda _: [idx_NK])
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(
+        operators, "RowGradients", lambda *sizes: collectors.append(RowGradients(*sizes)) or collectors[-1]
+    )
+    for name, build in operators._lookup_gradients(sizes, use_compile=False).items():
+        collectors.clear()
+        build().prepare()()
+        assert all((table.grad is None) == bool(collectors) for table in tables)
+        rows = [
+            torch.zeros(table.shape).index_copy(0, *each.coalesce())
+            for each, table in zip(collectors, tables, strict=False)
+        ]
+        found[name] = rows or [table.grad.float() for table in tables]
+    assert set(found) == {OURS, ROWS, REFERENCE, REFERENCE_ROWS, PLAIN}
+    for name, gradients in found.items():
+        for ours, theirs in zip(gradients, found[REFERENCE], strict=True):
+            assert theirs.abs().max() > 0
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02, msg=name)
 
 
 def test_the_names_of_the_targets_are_those_of_the_cases():
@@ -87,7 +123,7 @@ def test_layers_without_the_peers():
         f"{name} {kind}" for name in ("PEER", "PKM") for kind in ("forward", "forward + backward")
     ]
     assert competitors(cases["forward"]) == {OURS, REFERENCE, ULTRA_MEM}
-    assert competitors(cases["forward + backward"]) == {OURS, memory_layers.ROWS, REFERENCE, ULTRA_MEM}
+    assert competitors(cases["forward + backward"]) == {OURS, ROWS, REFERENCE, ULTRA_MEM}
     assert competitors(cases["PEER forward"]) == {OURS, REFERENCE, "PEER-pytorch"}
     assert competitors(cases["PKM forward"]) == {OURS, REFERENCE, "product-key-memory"}
     assert cases["PKM forward"].unavailable == {

@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_not_judged_and_says_why():
     assert found["forward", OURS, REFERENCE].met is True
     missing = found["forward", OURS, ULTRA_MEM]
     assert (missing.ratio, missing.met) == (None, None)
-    assert missing.word == f"not judged: {reason}"
+    assert missing.word == "not judged: ultra-mem cannot run"
     left_out = found["forward + backward", OURS, REFERENCE]
     assert left_out.word == "not judged: this case was left out"
 

@@ -31,8 +31,22 @@ def run(invoke, *arguments):
 VERBS = {
     "op": (
         "operators.run_operators",
-        ("--rows", 300, "--width", 8, "--top-k", 4, "--tokens", 6, "--growth-rows", "64,128", "--no-compile"),
-        {"num_rows": 300, "width": 8, "top_k": 4, "num_tokens": 6, "growth_rows": (64, 128)},
+        (
+            "--rows",
+            300,
+            "--width",
+            8,
+            "--top-k",
+            4,
+            "--tokens",
+            6,
+            "--growth-rows",
+            "64,128",
+            "--dtype",
+            "bf16",
+            "--no-compile",
+        ),
+        {"num_rows": 300, "width": 8, "top_k": 4, "num_tokens": 6, "growth_rows": (64, 128), "dtype": "bf16"},
     ),
     "layer": (
         "memory_layers.run_layers",
@@ -160,7 +174,7 @@ def test_a_figure_is_measured_and_measured_again(invoke, tmp_path, monkeypatch):
     error = invoke(*arguments[:-1], 2, "--output", tmp_path / "figure").exception
     assert isinstance(error, ConfigError)
     assert "threads 1 → 2" in str(error)
-    third = run(invoke, *arguments[:-1], 2, "--output", tmp_path / "figure", "--restart")
+    third = run(invoke, *arguments, "--output", tmp_path / "figure", "--restart")
     assert "measuring 6 points" in third.output
 
 

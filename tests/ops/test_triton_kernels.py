@@ -25,12 +25,13 @@ from ultramem.ops.triton.launch import untuned
 INTERPRETED = Path(__file__).with_name("interpreted")
 
 
-def run_interpreted(name, *options):
+def run_interpreted(*names, options=()):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # A worker's own settings are not the child's.
     environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+    files = [str(INTERPRETED / name) for name in names]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(INTERPRETED / name), *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *files, *options],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -41,15 +42,15 @@ def run_interpreted(name, *options):
     assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["test_tables.py", "test_search.py"])
-def test_interpreted_kernels(name):
-    run_interpreted(name)
+def test_interpreted_kernels():
+    # One process: importing takes it as long as half of these tests.
+    run_interpreted("test_tables.py", "test_search.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", ["ultramem_v2", "not ultramem_v2"])
 def test_published_fixtures_through_interpreted_kernels(selection):
-    run_interpreted("test_fixtures.py", "-k", selection)
+    run_interpreted("test_fixtures.py", options=("-k", selection))
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():

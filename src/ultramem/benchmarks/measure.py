@@ -145,18 +145,18 @@ def use_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def huge_page_tensor(*shape: int) -> Tensor:
-    """A tensor of ones, fp32, in huge pages where the system allows them; every page has been touched."""
+def huge_page_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of ones in huge pages where the system allows them; every page has been touched."""
     num_elements = 1
     for size in shape:
         num_elements *= size
     # Private: shared memory, which is the default, has huge pages under another setting that is off nearly everywhere.
-    memory = mmap.mmap(-1, 4 * num_elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, dtype.itemsize * num_elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Refused where the system has none, and read all the same.
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).fill_(1).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).fill_(1).view(shape)
 
 
 def peak_read_bandwidth(

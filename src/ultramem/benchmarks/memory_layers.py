@@ -12,12 +12,11 @@ from ultramem.benchmarks.cases import Builders, Case, measure_case
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.measure import Competitor, Tick
 from ultramem.benchmarks.peers import PEERS, peer_layer, product_key_layer, ultra_mem_layer
-from ultramem.benchmarks.targets import OURS, REFERENCE, ULTRA_MEM
+from ultramem.benchmarks.targets import OURS, REFERENCE, ROWS, ULTRA_MEM
 from ultramem.layers import PEER, PKM, MemoryLayer, MemoryPool, PEERConfig, PKMConfig, UltraMemV2, UltraMemV2Config
 from ultramem.ops import Activation, bag_reference, gather_dot_reference, use_backend
 
 COMPILED = "torch.compile of the reference path"
-ROWS = "cpu kernels, row gradients"
 PASSES = ("forward", "forward + backward")
 
 Layer = Callable[[Tensor], Tensor]

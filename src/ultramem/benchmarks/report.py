@@ -138,7 +138,7 @@ def device_text(device: dict[str, Any], peak_bytes_per_s: float | None, num_runs
     return text
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str | None, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         is_text = number == 0 or column in WORDS
@@ -163,7 +163,9 @@ def _case_table(case: Case, peak_bytes_per_s: float) -> RenderableType:
         columns.append("tokens/s")
     if read_by:
         columns.append("MB read")
-    table = _table(f"{case.name}: {case.sizes}", *columns)
+    # A title of its own would be broken at the table's width.
+    title = Text(f"{case.name}: {case.sizes}", style="bold")
+    table = _table(None, *columns)
     first_s = next(iter(case.timings.values())).median_s if case.timings else 0.0
     for name, timing in case.timings.items():
         cells = [
@@ -181,7 +183,7 @@ def _case_table(case: Case, peak_bytes_per_s: float) -> RenderableType:
             cells.append(f"{read_by[name]['bytes_read'] / 1e6:,.1f}")
         table.add_row(*cells)
     notes = [Text(f"{name}: {reason}", style="yellow") for name, reason in case.unavailable.items()]
-    return Group(table, *notes)
+    return Group(title, table, *notes)
 
 
 def _target_table(verdicts: list[Verdict]) -> Table:

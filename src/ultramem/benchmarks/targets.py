@@ -8,6 +8,7 @@ from ultramem.benchmarks.cases import Case
 
 OURS = "cpu kernels"
 FUSED = "cpu kernels, fused read"
+ROWS = "cpu kernels, row gradients"
 REFERENCE = "reference path"
 PLAIN = "plain PyTorch"
 ULTRA_MEM = "ultra-mem"
@@ -145,7 +146,7 @@ def _judge(target: Target, case: Case | None, peak_bytes_per_s: float) -> Verdic
         return Verdict(target, None, None, "this case was left out")
     for name in (target.ours, target.against):
         if name is not None and name not in case.timings:
-            return Verdict(target, None, None, case.unavailable.get(name, f"{name} was left out"))
+            return Verdict(target, None, None, f"{name} {'cannot run' if name in case.unavailable else 'was left out'}")
     ours_s = case.timings[target.ours].median_s
     if target.against is None:
         assert case.bytes_read is not None, f"case {case.name!r} does not say what it reads"

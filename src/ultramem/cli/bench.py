@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,13 @@ UseCompile = Annotated[
 Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of one call. Targets are judged at the defaults.")]
 
 
+class TableType(StrEnum):
+    """Types of tables that kernels read."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @bench_app.command("op")
 def bench_op(
     tokens: Tokens = 2048,
@@ -34,6 +42,9 @@ def bench_op(
     growth_rows: Annotated[
         str, typer.Option("--growth-rows", help="Two table sizes, of width 32 + 32, that are compared.")
     ] = "1048576,16777216",
+    dtype: Annotated[
+        TableType, typer.Option("--dtype", help="Of tables and token vectors. Targets are judged at fp32.")
+    ] = TableType.fp32,
     runs: Runs = 9,
     threads: Threads = None,
     use_compile: UseCompile = True,
@@ -49,6 +60,7 @@ def bench_op(
         top_k=positive("--top-k", top_k),
         num_tokens=positive("--tokens", tokens),
         growth_rows=(small, large),
+        dtype=dtype.value,
     )
     _run("op", lambda runs, tick: run_operators(sizes, runs, use_compile, tick), runs, threads, json_file)
 

@@ -80,8 +80,8 @@ def test_no_tokens_or_no_slots(name, sizes, poisoned_memory):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_row_is_everybodys(name, deterministic):
-    """17 tokens × 3 slots on one row: its run spans chunks of the sorted entries, the last one not full."""
-    operands = make_operands((17, 3, 3, 6, 2, 1))
+    """3 tokens × 17 slots on one row: its run spans chunks of the sorted entries, the last one not full."""
+    operands = make_operands((3, 17, 3, 6, 2, 1))
     operands["idx"] = torch.full_like(operands["idx"], 1)
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -90,7 +90,7 @@ def test_one_row_is_everybodys(name, deterministic):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("sizes", [(7, 5, 4, 6, 2, 1), (7, 5, 9, 5, 1, 3), (4, 1, 2, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(3, 11, 4, 6, 2, 1), (3, 11, 9, 5, 1, 3), (4, 1, 2, 1, 1, 1)])
 def test_sums_of_one_order_where_determinism_is_asked_for(sizes, poisoned_memory, monkeypatch):
     """Sorted entries, no atomic addition; runs of equal rows begin, end and lie anywhere in the chunks."""
     monkeypatch.delattr(tables, "scatter_atomic")
@@ -113,7 +113,7 @@ def test_row_sparse_scatter_returns_the_touched_rows(sizes):
 
 @pytest.mark.parametrize("name", ["bag", "gather_dot"])
 def test_row_gradients_collect_what_the_dense_gradient_holds(name):
-    operands = make_operands((7, 5, 20, 6, 2, 1))
+    operands = make_operands((3, 11, 20, 6, 2, 1))
     collector = RowGradients(20, 6)
     with use_backend("triton"):
         apply(name, operands, "triton", row_gradients=collector)
