@@ -89,7 +89,7 @@ def test_huge_page_tensors_are_ones_and_writable():
 def test_bandwidth_is_that_of_the_fastest_reader(monkeypatch):
     seen = []
 
-    def fake(competitors, num_runs, num_warmups):
+    def fake(competitors, num_runs, num_warmups, device):
         seen.append(num_runs)
         for competitor in competitors.values():
             assert float(competitor.prepare()()) != 0

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem.benchmarks.measure import Competitor, Tick, Timing, alternate
+import torch
+
+from ultramem.benchmarks.measure import CPU_DEVICE, Competitor, Tick, Timing, alternate
 from ultramem.errors import BackendError, PeerError
 
 
@@ -75,7 +77,15 @@ def build_competitors(builders: Builders) -> tuple[dict[str, Competitor], dict[s
     return competitors, unavailable
 
 
-def measure_case(name: str, sizes: str, builders: Builders, num_runs: int, tick: Tick | None, **fields: Any) -> Case:
+def measure_case(
+    name: str,
+    sizes: str,
+    builders: Builders,
+    num_runs: int,
+    tick: Tick | None,
+    device: torch.device = CPU_DEVICE,
+    **fields: Any,
+) -> Case:
     """Build the competitors of a case and time them in turns.
 
     Args:
@@ -84,9 +94,10 @@ def measure_case(name: str, sizes: str, builders: Builders, num_runs: int, tick:
         builders: competitors by name (see `build_competitors`).
         num_runs: runs that count.
         tick: called after each run with what was run.
+        device: that the competitors run on.
         **fields: of `Case`.
     """
     competitors, unavailable = build_competitors(builders)
     say = None if tick is None else lambda competitor: tick(f"{name}: {competitor}")
-    timings = alternate(competitors, num_runs, tick=say)
+    timings = alternate(competitors, num_runs, tick=say, device=device)
     return Case(name, sizes, timings, unavailable, **fields)

@@ -116,6 +116,8 @@ class CapturedDecodeStep(DecodeStep):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = cast(Tensor, self._run(self._ids_B1).logits)
+        # A cache that kept this token would make room for more elsewhere, and the graph knows this place alone.
+        self._forget()
 
     def prepare(self) -> Callable[[], Tensor]:
         """Draw fresh tokens, untimed, and return the step."""

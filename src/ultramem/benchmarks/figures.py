@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ultramem.benchmarks.bytes_read import count_bytes_read
-from ultramem.benchmarks.decode_step import DecodeStep, fill_cache, fitting_kv_length
-from ultramem.benchmarks.measure import Competitor, Tick, alternate
+from ultramem.benchmarks.decode_step import DecodeStep, fill_cache, fitting_kv_length, make_step
+from ultramem.benchmarks.measure import CPU_DEVICE, Competitor, Tick, alternate
 from ultramem.benchmarks.points import GroupKey, Point, PointStore
 from ultramem.benchmarks.twins import build_model, family_configs, model_cost, with_sparse_ratio
 from ultramem.errors import ConfigError
@@ -46,6 +47,12 @@ _SIZES = {
     "figure6c": (Size("base", 8),),
     "figure7": (Size("small"), Size("base"), Size("227m")),
 }
+# The published sizes, which take more memory and bandwidth than a few cores have.
+_ACCELERATOR_SIZES = {
+    "figure1": (Size("1b"),),
+    "figure6c": (Size("227m"),),
+    "figure7": (Size("base"), Size("227m"), Size("1b")),
+}
 _QUICK_SIZES = {
     "figure1": (Size("small", 4),),
     "figure6c": (Size("small", 4),),
@@ -64,6 +71,7 @@ class Plan:
         batch_sizes: sequences.
         kv_length_tokens: tokens in the cache of each, halved until it fits into memory.
         num_runs: runs of each point that count.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     figure: str
@@ -72,6 +80,7 @@ class Plan:
     batch_sizes: tuple[int, ...]
     kv_length_tokens: int
     num_runs: int
+    device: str = "cpu"
 
     def groups(self) -> list[tuple[Size, float, int]]:
         """What is measured, in order: all models of one size, sparse ratio and batch size at a time."""
@@ -86,6 +95,7 @@ def make_plan(
     batch_sizes: tuple[int, ...] | None = None,
     kv_length_tokens: int | None = None,
     num_runs: int = 7,
+    device: torch.device = CPU_DEVICE,
 ) -> Plan:
     """The plan of a figure.
 
@@ -95,6 +105,7 @@ def make_plan(
         batch_sizes: in place of the figure's own.
         kv_length_tokens: in place of the published 2,048.
         num_runs: runs of each point that count.
+        device: that the models run on; on an accelerator they are larger.
 
     Raises:
         ConfigError: no such figure.
@@ -105,11 +116,12 @@ def make_plan(
     own = ((64,) if quick else (512,)) if over_ratio else QUICK_BATCH_SIZES if quick else BATCH_SIZES
     return Plan(
         figure=figure,
-        sizes=(_QUICK_SIZES if quick else _SIZES)[figure],
+        sizes=(_QUICK_SIZES if quick else _SIZES if device.type == "cpu" else _ACCELERATOR_SIZES)[figure],
         sparse_ratios=(QUICK_SPARSE_RATIOS if quick else SPARSE_RATIOS) if over_ratio else (OWN_RATIO,),
         batch_sizes=batch_sizes or own,
         kv_length_tokens=kv_length_tokens or (256 if quick else 2048),
         num_runs=num_runs,
+        device=str(device),
     )
 
 
@@ -122,7 +134,7 @@ def measure_figure(plan: Plan, store: PointStore, tick: Tick | None = None) -> N
     """Measure the groups of a plan that a store does not have yet; each is on the disk as soon as it is measured."""
     done = store.groups
     missing = [group for group in plan.groups() if key_of(*group) not in done]
-    for (size, ratio, batch_size), configs, models in _with_models(missing):
+    for (size, ratio, batch_size), configs, models in _with_models(missing, torch.device(plan.device)):
         store.add(_measure(plan, _name(size), ratio, batch_size, configs, models, tick))
 
 
@@ -132,6 +144,7 @@ def _name(size: Size) -> str:
 
 def _with_models(
     groups: list[tuple[Size, float, int]],
+    device: torch.device,
 ) -> Iterator[tuple[tuple[Size, float, int], dict[str, UltraMemConfig], dict[str, PreTrainedModel]]]:
     """Groups with their models, which are built once for groups that have the same."""
     built: tuple[Size, float] | None = None
@@ -145,7 +158,7 @@ def _with_models(
             configs = family_configs(size.family, size.num_layers)
             if ratio != OWN_RATIO:
                 configs = with_sparse_ratio(configs, ratio)
-            models.update({name: build_model(config) for name, config in configs.items()})
+            models.update({name: build_model(config, device=device) for name, config in configs.items()})
             built = size, ratio
         yield group, configs, models
 
@@ -163,10 +176,10 @@ def _measure(
     length = fitting_kv_length(first, batch_size, plan.kv_length_tokens)
     # One cache for all: their attention has the same sizes, and so a longer one fits.
     cache = fill_cache(first, batch_size, length)
-    steps = {name: DecodeStep(model, cache, batch_size) for name, model in models.items()}
+    steps = {name: make_step(model, cache, batch_size) for name, model in models.items()}
     competitors = {name: Competitor(_prepare(step)) for name, step in steps.items()}
     say = None if tick is None else lambda name: tick(f"{size}: {name}, batch {batch_size}, KV length {length}")
-    timings = alternate(competitors, plan.num_runs, tick=say)
+    timings = alternate(competitors, plan.num_runs, tick=say, device=torch.device(plan.device))
     points = []
     for name, step in steps.items():
         cost, timing = model_cost(name, configs[name]), timings[name]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 from ultramem.benchmarks.cases import Case
 from ultramem.benchmarks.measure import (
     BANDWIDTH_BUFFER_BYTES,
+    CPU_DEVICE,
     MIN_RUNS,
     Tick,
     describe_device,
@@ -67,6 +69,7 @@ def run_benchmark(
     num_threads: int | None = None,
     tick: Tick | None = None,
     bandwidth_buffer_bytes: int = BANDWIDTH_BUFFER_BYTES,
+    device: torch.device = CPU_DEVICE,
 ) -> Report:
     """Measure bandwidth and cases on so many threads, and judge them.
 
@@ -77,16 +80,17 @@ def run_benchmark(
         num_threads: None for PyTorch's present number.
         tick: called after each run with what was run.
         bandwidth_buffer_bytes: what is read to find the peak bandwidth; far larger than the caches.
+        device: that the cases run on.
 
     Raises:
         ConfigError: too few runs or no threads.
     """
     check_runs(num_runs, num_threads)
     with use_threads(num_threads):
-        device = describe_device()
-        peak = peak_read_bandwidth(buffer_bytes=bandwidth_buffer_bytes)
+        description = describe_device(device)
+        peak = peak_read_bandwidth(buffer_bytes=bandwidth_buffer_bytes, device=device)
         cases = run(num_runs, tick)
-    return Report(benchmark, device, num_runs, peak, cases, judge(benchmark, cases, peak))
+    return Report(benchmark, description, num_runs, peak, cases, judge(benchmark, cases, peak))
 
 
 def check_runs(num_runs: int, num_threads: int | None) -> None:
@@ -120,15 +124,26 @@ def device_text(device: dict[str, Any], peak_bytes_per_s: float | None, num_runs
     """The device in two lines, and a warning if it was busy."""
     versions = ", ".join(
         f"{name} {device[name]}"
-        for name in ("ultramem", "torch", "transformers", "ultra-mem", "PEER-pytorch", "product-key-memory", "python")
+        for name in (
+            "ultramem",
+            "torch",
+            "cuda",
+            "transformers",
+            "ultra-mem",
+            "PEER-pytorch",
+            "product-key-memory",
+            "python",
+        )
         if name in device
     )
     peak = "" if peak_bytes_per_s is None else f"; peak read bandwidth {peak_bytes_per_s / 1e9:.1f} GB/s"
-    text = (
+    where = (
         f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']} on {device['cores']} "
-        f"cores, huge pages: {device['huge_pages']}{peak}\n{versions}\nmedian of {num_runs} runs, competitors taken in "
-        "turns"
+        f"cores, huge pages: {device['huge_pages']}"
     )
+    if "accelerator" in device:
+        where = f"{device['accelerator']}, decode steps as CUDA graphs; host: {where}"
+    text = f"{where}{peak}\n{versions}\nmedian of {num_runs} runs, competitors taken in turns"
     load = device["load_before"]
     if load is not None and load > IDLE_LOAD:
         text += (

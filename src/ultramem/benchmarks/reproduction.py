@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -12,7 +13,16 @@ from ultramem.benchmarks.report import device_text
 from ultramem.benchmarks.twins import NAMES
 
 # What the device has to have in common for points to go into one figure.
-_SETTINGS_OF_DEVICE = ("processor", "vector_instructions", "threads", "huge_pages", "ultramem", "torch", "transformers")
+_SETTINGS_OF_DEVICE = (
+    "accelerator",
+    "processor",
+    "vector_instructions",
+    "threads",
+    "huge_pages",
+    "ultramem",
+    "torch",
+    "transformers",
+)
 
 
 class Reproduction:
@@ -34,10 +44,10 @@ class Reproduction:
     def __init__(self, plan: Plan, folder: Path, num_threads: int | None = None, restart: bool = False) -> None:
         self.plan, self.folder, self.num_threads = plan, folder, num_threads
         with use_threads(num_threads):
-            self.device = describe_device()
+            self.device = describe_device(torch.device(plan.device))
         settings = {
             "plan": repr(plan),
-            **{name: self.device[name] for name in _SETTINGS_OF_DEVICE},
+            **{name: self.device[name] for name in _SETTINGS_OF_DEVICE if name in self.device},
         }
         self.store = open_points(folder, plan.figure, settings, len(NAMES), restart)
 
@@ -98,9 +108,14 @@ class Reproduction:
         from ultramem.evaluation.plots import save
 
         device = self.device
+        where = device.get("accelerator") or (
+            f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']}"
+        )
+        if "accelerator" in device:
+            where += ", CUDA graphs"
         caption = (
-            f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']}, bf16, torch "
-            f"{device['torch']}; median of {self.plan.num_runs} alternating runs, band: fastest to slowest"
+            f"{where}, bf16, torch {device['torch']}; median of {self.plan.num_runs} alternating runs, band: fastest "
+            "to slowest"
         )
         file = self.folder / f"{self.plan.figure}.png"
         save(draw_figure(self.plan.figure, self.store.points, caption), file)

@@ -156,6 +156,6 @@ def _judge(target: Target, case: Case | None, peak_bytes_per_s: float) -> Verdic
     if target.quantity == "times the time":
         ratio = 1 / ratio
     if not case.at_target_sizes:
-        return Verdict(target, ratio, None, "other sizes than the target's")
+        return Verdict(target, ratio, None, "other sizes or another device than the target's")
     met = ratio <= target.bound if target.quantity == "times the time" else ratio >= target.bound
     return Verdict(target, ratio, met)

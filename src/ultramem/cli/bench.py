@@ -10,8 +10,11 @@ import typer
 
 from ultramem.cli.extras import explains_missing_packages
 from ultramem.cli.json_files import check_writable, write_json
+from ultramem.cli.loading import choose_device
 
 if TYPE_CHECKING:
+    import torch
+
     from ultramem.benchmarks.cases import Case
     from ultramem.benchmarks.measure import Tick
 
@@ -19,6 +22,10 @@ bench_app = typer.Typer(help="Measure speed beside other implementations, in tur
 
 Runs = Annotated[int, typer.Option("--runs", help="Runs of each competitor that count, at least 7.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads; default: PyTorch's.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1 …; default: an accelerator if present. Targets are the CPU's."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all numbers here as well.")]
 UseCompile = Annotated[
     bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too; it takes a while.")
@@ -97,21 +104,26 @@ def bench_decode(
     family: Annotated[
         str, typer.Option("--family", help="Presets that are compared: tiny, small or base (docs/presets.md).")
     ] = "base",
-    layers: Annotated[int, typer.Option("--layers", help="Blocks of the models.")] = 8,
+    layers: Annotated[int, typer.Option("--layers", help="Blocks of the models; 0 for the family's own.")] = 8,
     runs: Runs = 9,
     threads: Threads = None,
+    device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """One decode step in bf16: UltraMemV2, its dense and MoE twins, Olmo2ForCausalLM, OlmoeForCausalLM."""
+    """One decode step in bf16: UltraMemV2, its dense and MoE twins, Olmo2ForCausalLM, OlmoeForCausalLM.
+
+    On a CUDA device every model's step is captured in a CUDA graph.
+    """
     from ultramem.benchmarks.decoding import DecodeSizes, run_decoding
 
     sizes = DecodeSizes(
         family=family,
-        num_layers=positive("--layers", layers),
+        num_layers=positive("--layers", layers) if layers else None,
         batch_sizes=numbers("--batch-sizes", batch_sizes),
         kv_length_tokens=positive("--kv-length", kv_length),
     )
-    _run("decode", lambda runs, tick: run_decoding(sizes, runs, tick), runs, threads, json_file)
+    where = choose_device(device)
+    _run("decode", lambda runs, tick: run_decoding(sizes, runs, tick, where), runs, threads, json_file, where)
 
 
 @bench_app.command("train")
@@ -137,16 +149,18 @@ def _run(
     runs: int,
     threads: int | None,
     json_file: Path | None,
+    device: "torch.device | None" = None,
 ) -> None:
     from rich.console import Console
 
+    from ultramem.benchmarks.measure import CPU_DEVICE
     from ultramem.benchmarks.report import check_runs, print_report, run_benchmark
 
     check_runs(runs, threads)
     if json_file is not None:
         check_writable(json_file, f"bench-{name}.json")
     with spinner() as tick:
-        report = run_benchmark(name, run, runs, threads, tick)
+        report = run_benchmark(name, run, runs, threads, tick, device=device or CPU_DEVICE)
     print_report(report, Console())
     if json_file is not None:
         write_json(json_file, report.to_dict())

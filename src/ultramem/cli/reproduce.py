@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ultramem.cli.bench import numbers, positive
+from ultramem.cli.bench import Device, numbers, positive
 from ultramem.cli.extras import explains_missing_packages
+from ultramem.cli.loading import choose_device
 
 
 class PaperFigure(StrEnum):
@@ -39,6 +40,7 @@ def reproduce(
     ] = None,
     runs: Annotated[int, typer.Option("--runs", help="Runs of each point that count, at least 7.")] = 7,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads; default: PyTorch's.")] = None,
+    device: Device = None,
     restart: Annotated[bool, typer.Option("--restart", help="Measure anew what is there already.")] = False,
 ) -> None:
     """Measure decoding of dense, MoE and UltraMemV2 models at equal FLOPs and parameters, and draw it; resumes."""
@@ -53,6 +55,7 @@ def reproduce(
         None if batch_sizes is None else numbers("--batch-sizes", batch_sizes),
         None if kv_length is None else positive("--kv-length", kv_length),
         runs,
+        choose_device(device),
     )
     reproduction = Reproduction(plan, output or Path("reproduced") / figure.value, threads, restart)
     typer.echo(reproduction.opening)

@@ -113,6 +113,7 @@ _PUBLISHED: dict[str, Settings] = {
             "top_k": 128,
         },
     },
+    "dense-1b": {**_1B, "intermediate_size": 8192, "memory": None},
     "olmoe-1b-7b": {
         **_1B,
         "intermediate_size": 8192,

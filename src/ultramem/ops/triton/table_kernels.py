@@ -29,12 +29,6 @@ _BAG = configs(
     ({"BLOCK_K": 8, "BLOCK_V": 128}, 2),
     ({"BLOCK_K": 64, "BLOCK_V": 32}, 4),
 )
-_SCATTER = configs(
-    ({"BLOCK_K": 8, "BLOCK_V": 128}, 4),
-    ({"BLOCK_K": 4, "BLOCK_V": 256}, 4),
-    ({"BLOCK_K": 16, "BLOCK_V": 64}, 4),
-    ({"BLOCK_K": 16, "BLOCK_V": 128}, 8),
-)
 # Most runs are short: the rows of several side by side are what is in flight.
 _SEGMENT_SUM = configs(
     ({"BLOCK_R": 4, "BLOCK_V": 128}, 2),
@@ -42,8 +36,9 @@ _SEGMENT_SUM = configs(
     ({"BLOCK_R": 4, "BLOCK_V": 256}, 4),
     ({"BLOCK_R": 8, "BLOCK_V": 64}, 2),
     ({"BLOCK_R": 16, "BLOCK_V": 64}, 4),
-    ({"BLOCK_R": 2, "BLOCK_V": 256}, 2),
+    ({"BLOCK_R": 2, "BLOCK_V": 512}, 4),
     ({"BLOCK_R": 1, "BLOCK_V": 256}, 1),
+    ({"BLOCK_R": 1, "BLOCK_V": 512}, 2),
 )
 _SHAPE = ["num_selected", "slice_width", "FEW_TOKENS"]
 
@@ -145,49 +140,6 @@ def bag_kernel(
     tl.store(out, pooled.to(out_ptr.dtype.element_ty), mask=in_v)
 
 
-@triton.autotune(_SCATTER, key=_SHAPE, reset_to_zero=["out_ptr"], cache_results=True)
-@triton.jit
-def scatter_atomic_kernel(
-    idx_ptr,
-    w_ptr,
-    x_ptr,
-    block_ptr,
-    out_ptr,
-    num_selected,
-    num_rows,
-    slice_width,
-    num_cores,
-    num_blocks,
-    HAS_BLOCKS: tl.constexpr,
-    FEW_TOKENS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Add BLOCK_K weighted copies of BLOCK_V columns of one token onto its rows, in whatever order they arrive."""
-    num_slot_tiles, num_tiles = (num_selected + BLOCK_K - 1) // BLOCK_K, (slice_width + BLOCK_V - 1) // BLOCK_V
-    program = tl.program_id(0)
-    column = (program % num_tiles) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_v = column < slice_width
-    core = program // num_tiles % num_cores
-    k = program // (num_tiles * num_cores) % num_slot_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_k = k < num_selected
-    token = (program // (num_tiles * num_cores * num_slot_tiles)).to(tl.int64)
-    slot = token * num_selected + k
-    column += core * slice_width
-    width = slice_width * num_cores
-    row = tl.load(idx_ptr + slot, mask=in_k, other=0).to(tl.int64)
-    tl.device_assert((row >= 0) & (row < num_rows), "scatter: an index lies outside the table")
-    w = tl.load(w_ptr + slot * num_cores + core, mask=in_k, other=0.0).to(tl.float32)
-    in_tile = in_k[:, None] & in_v[None, :]
-    x_start = token * num_blocks * width
-    if HAS_BLOCKS:
-        x_starts = x_start + tl.load(block_ptr + slot, mask=in_k, other=0).to(tl.int64) * width
-        x = tl.load(x_ptr + x_starts[:, None] + column[None, :], mask=in_tile, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + x_start + column, mask=in_v, other=0.0).to(tl.float32)[None, :]
-    tl.atomic_add(out_ptr + row[:, None] * width + column[None, :], w[:, None] * x, mask=in_tile, sem="relaxed")
-
-
 @triton.autotune(_SEGMENT_SUM, key=_SHAPE, cache_results=True)
 @triton.jit
 def segment_sum_kernel(
@@ -239,7 +191,9 @@ def segment_sum_kernel(
         if HAS_BLOCKS:
             x_start += tl.load(block_ptr + entry, mask=goes_on, other=0).to(tl.int64)
         w = tl.load(w_ptr + entry * num_cores + core, mask=goes_on, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + x_start[:, None] * width + column[None, :], mask=goes_on[:, None] & in_v[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + x_start[:, None] * width + column[None, :], mask=goes_on[:, None] & in_v[None, :], other=0.0
+        )
         total += w[:, None] * x.to(tl.float32)
         place += 1
         goes_on = goes_on & (place < num_entries) & (place % CHUNK != 0)

@@ -10,7 +10,6 @@ from ultramem.ops.triton.table_kernels import (
     add_partials_kernel,
     bag_kernel,
     gather_dot_kernel,
-    scatter_atomic_kernel,
     segment_sum_kernel,
 )
 
@@ -73,41 +72,12 @@ def scatter(
 ) -> Tensor:
     """`ultramem.ops.scatter` on a device: [R, V] in fp32. A wrong index is not caught there.
 
-    Additions are atomic, in no fixed order, unless PyTorch is asked for deterministic algorithms: then entries are
-    sorted by row and each row is summed in the order of its tokens and slots.
+    Entries are sorted by row, and each row is summed in the order of its tokens and slots: the same bits every time.
     """
-    if torch.are_deterministic_algorithms_enabled():
-        _check_indices("scatter", idx_NK, num_rows, block_NK, num_blocks)
-        rows, entries = _sort_entries(idx_NK, num_rows)
-        out = torch.zeros(num_rows, x_NV.shape[1] // num_blocks, dtype=torch.float32, device=x_NV.device)
-        _segment_sum(rows, entries, w_NKC, x_NV, block_NK, num_blocks, out)
-        return out
-    return scatter_atomic(idx_NK, w_NKC, x_NV, num_rows, block_NK, num_blocks)
-
-
-def scatter_atomic(
-    idx_NK: Tensor, w_NKC: Tensor, x_NV: Tensor, num_rows: int, block_NK: Tensor | None = None, num_blocks: int = 1
-) -> Tensor:
-    """`scatter` with atomic additions."""
     _check_indices("scatter", idx_NK, num_rows, block_NK, num_blocks)
-    num_tokens, num_selected, num_cores = w_NKC.shape
-    width = x_NV.shape[1] // num_blocks
-    slice_width = width // num_cores
-    idx, w, x, block = contiguous([idx_NK, w_NKC, x_NV, block_NK])
-    out = torch.zeros(num_rows, width, dtype=torch.float32, device=x_NV.device)
-    launch(
-        scatter_atomic_kernel,
-        lambda blocks: (
-            num_tokens
-            * num_cores
-            * triton.cdiv(num_selected, blocks["BLOCK_K"])
-            * triton.cdiv(slice_width, blocks["BLOCK_V"])
-        ),
-        out,
-        *(idx, w, x, block, out, num_selected, num_rows, slice_width, num_cores, num_blocks),
-        HAS_BLOCKS=block is not None,
-        FEW_TOKENS=num_tokens < FEW_TOKENS,
-    )
+    rows, entries = _sort_entries(idx_NK, num_rows)
+    out = torch.zeros(num_rows, x_NV.shape[1] // num_blocks, dtype=torch.float32, device=x_NV.device)
+    _segment_sum(rows, entries, w_NKC, x_NV, block_NK, num_blocks, out)
     return out
 
 
@@ -119,7 +89,7 @@ def scatter_rows(
     block_NK: Tensor | None = None,
     num_blocks: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`scatter` onto the touched rows alone, for tables whose gradient must not become dense; always deterministic.
+    """`scatter` onto the touched rows alone, for tables whose gradient must not become dense.
 
     Returns:
         rows [M] int64, sorted and distinct, and what they receive, [M, V] in fp32.
