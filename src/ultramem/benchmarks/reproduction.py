@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from ultramem.benchmarks.figures import Plan, key_of, measure_figure
 from ultramem.benchmarks.measure import NUM_WARMUPS, describe_device, use_threads
@@ -68,16 +69,17 @@ class Reproduction:
         """Measure what is missing."""
         per_group = len(NAMES) * (self.plan.num_runs + NUM_WARMUPS)
         columns = (
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            # Takes what the numbers leave.
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
         )
         # Redrawn only between runs: a thread that draws would take its time from what is measured.
         with (
             use_threads(self.num_threads),
-            Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar,
+            Progress(*columns, console=Console(stderr=True), auto_refresh=False, expand=True) as bar,
         ):
             task = bar.add_task(
                 "building models",
