@@ -6,11 +6,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ultramem.benchmarks.drawing import draw_figure
 from ultramem.benchmarks.figures import Plan, key_of, measure_figure
 from ultramem.benchmarks.measure import NUM_WARMUPS, describe_device, use_threads
 from ultramem.benchmarks.points import open_points
 from ultramem.benchmarks.report import device_text
 from ultramem.benchmarks.twins import NAMES
+from ultramem.evaluation.plots import save
 
 # What the device has to have in common for points to go into one figure.
 _SETTINGS_OF_DEVICE = ("processor", "vector_instructions", "threads", "huge_pages", "ultramem", "torch", "transformers")
@@ -95,10 +97,6 @@ class Reproduction:
         """Draw the points that are there; returns the file, or None where there are none."""
         if not self.store.points:
             return None
-        # matplotlib takes a while to import.
-        from ultramem.benchmarks.drawing import draw_figure
-        from ultramem.evaluation.plots import save
-
         device = self.device
         caption = (
             f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']}, bf16, torch "
