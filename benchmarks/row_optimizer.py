@@ -9,16 +9,15 @@ The variable makes PyTorch ask for huge pages, without which looking up the addr
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 
+from ultramem.benchmarks.measure import processor_name
 from ultramem.ops import RowContribution, RowGradients
 from ultramem.training.moments import MOMENT_TYPES
 from ultramem.training.row_adamw import RowAdamW
@@ -77,14 +76,6 @@ def alternating_times_s(steps: dict[str, Step], num_runs: int) -> dict[str, list
     return times_s
 
 
-def processor() -> str:
-    """Name of the processor, where the system tells."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Print medians of alternating steps, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +98,7 @@ def main() -> None:
     times_s |= alternating_times_s({dense: dense_step(given.small, given.width)}, given.runs)
     pages = "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "ordinary"
     print(
-        f"{processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {pages} pages; width "
+        f"{processor_name()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {pages} pages; width "
         f"{given.width}, {given.tokens:,} tokens × {given.top_k} rows, {given.moments} moments; median of {given.runs} "
         "alternating runs"
     )

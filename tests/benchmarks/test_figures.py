@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ultramem.benchmarks import figures
-from ultramem.benchmarks.drawing import draw_figure
+from ultramem.benchmarks.drawing import draw_figure, ticks
 from ultramem.benchmarks.figures import FIGURES, Plan, Size, make_plan
 from ultramem.benchmarks.points import COLUMNS, open_points
 from ultramem.benchmarks.reproduction import Reproduction
@@ -160,3 +160,16 @@ def test_axes_are_logarithmic_and_shorter_caches_are_marked():
     over = draw_figure("figure6c", ratios, "a device").axes[0]
     assert list(over.lines[0].get_xdata()) == [1, 2]
     assert over.get_xlabel() == "sparse parameters / dense parameters"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.9, 60, [1, 2, 5, 10, 20, 50]),
+        (28, 75, [30, 40, 50, 70]),
+        (78, 125, [80, 100, 120]),
+        (0.02, 0.3, [0.02, 0.05, 0.1, 0.2]),
+    ],
+)
+def test_an_axis_has_round_numbers_however_short_it_is(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)

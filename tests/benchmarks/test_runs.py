@@ -149,6 +149,14 @@ def test_a_compiler_that_cannot_is_reported():
         compiled(broken)(torch.ones(1))
 
 
+def test_only_the_first_call_of_a_compiled_function_is_guarded(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    double = compiled(lambda x: 2 * x)
+    assert double(3) == 6
+    monkeypatch.setattr("ultramem.benchmarks.compiling.warnings", None)
+    assert double(4) == 8
+
+
 def test_decoding():
     sizes = DecodeSizes("tiny", 2, (1, 3), 8)
     cases = run_decoding(sizes, 7)

@@ -178,6 +178,16 @@ def test_a_figure_is_measured_and_measured_again(invoke, tmp_path, monkeypatch):
     assert "measuring 6 points" in third.output
 
 
+def test_a_figure_names_its_extra_before_anything_is_measured(invoke, tmp_path, monkeypatch):
+    for name in ("drawing", "reproduction"):
+        monkeypatch.delitem(sys.modules, f"ultramem.benchmarks.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    error = invoke("reproduce", "figure1", "--quick", "--output", tmp_path / "figure").exception
+    assert isinstance(error, ConfigError)
+    assert str(error) == "drawing needs the package matplotlib: pip install 'ultramem[bench]'"
+    assert not (tmp_path / "figure").exists()
+
+
 def test_an_interrupted_figure_says_how_to_go_on(invoke, tmp_path, monkeypatch):
     from ultramem.benchmarks import figures
 

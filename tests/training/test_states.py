@@ -147,8 +147,7 @@ def test_other_files_of_a_model_folder_may_be_changed(run):
     load_model(folder, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("save_async", ["true", "false"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize(("number", "save_async"), [(errno.ENOSPC, "true"), (errno.EROFS, "false")])
 def test_the_last_files_of_a_state_do_not_fit(run, monkeypatch, save_async, number):
     """Weights and moments are written, their checksums are not: such a state is not complete."""
 

@@ -21,8 +21,8 @@ class BytesRead:
     """Bytes that one decode step reads, each once, and how many rows and experts are behind them.
 
     Attributes:
-        weights: what every token reads: projections, norms, the memories' cores, the output layer.
-        keys: the memories' product keys.
+        weights: what every token reads: projections, norms, the output layer.
+        keys: the memories' product keys and cores, as stored.
         embedding: distinct rows of an embedding that is not the output layer.
         tables: distinct rows of values and pre-values in each memory, and their entries of its permutation.
         experts: distinct experts in each layer.

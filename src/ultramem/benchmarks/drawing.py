@@ -1,10 +1,11 @@
 """The figures of `ultramem reproduce`: our measurements on logarithmic axes."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from ultramem.benchmarks.points import Point
 from ultramem.benchmarks.targets import DENSE, MOE, V2
@@ -36,7 +37,7 @@ def draw_figure(figure: str, points: Sequence[Point], caption: str) -> Figure:
             _draw_panel(axes, of_size, horizontal, column, scale)
             axes.set_xlabel(label)
             axes.set_ylabel(unit)
-        panels[0].set_title(_heading(size, of_size, with_batch=figure == "figure6c"), loc="left", fontsize=9)
+        panels[0].set_title(_heading(size, of_size, with_batch=figure == "figure6c"), loc="left", fontsize=9, pad=12)
     rows[0][0].legend(frameon=False)
     drawing.supxlabel(caption, fontsize=7, color="0.35")
     return drawing
@@ -56,11 +57,21 @@ def _draw_panel(axes: Axes, points: list[Point], horizontal: str, column: str, s
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(FixedLocator(ticks(*axes.get_ylim())))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     tidy(axes)
     _mark_shorter_caches(axes, points, horizontal)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two positive ones: as few to a decade as give three, for axes of half a decade too."""
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(found) >= 3:
+            return found
+    return [tick for tick in MaxNLocator(4, steps=(1, 2, 5, 10)).tick_values(low, high).tolist() if low <= tick <= high]
 
 
 def _mark_shorter_caches(axes: Axes, points: list[Point], horizontal: str) -> None:
@@ -79,7 +90,7 @@ def _heading(size: str, points: list[Point], with_batch: bool) -> str:
     parameters = f"{_millions(total[DENSE])} parameters dense"
     if with_batch:
         return f"{size}: {parameters}; batch {points[0]['batch_size']}, KV length {length:,}"
-    return f"{size}: {parameters}, {_millions(total[V2])} sparse; KV length {length:,}"
+    return f"{size}: {parameters}, {_millions(total[V2])} UltraMemV2 and MoE; KV length {length:,}"
 
 
 def _millions(count: int) -> str:

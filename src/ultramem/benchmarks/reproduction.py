@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
+from ultramem.benchmarks.drawing import draw_figure
 from ultramem.benchmarks.figures import Plan, key_of, measure_figure
 from ultramem.benchmarks.measure import NUM_WARMUPS, describe_device, use_threads
 from ultramem.benchmarks.points import open_points
 from ultramem.benchmarks.report import device_text
 from ultramem.benchmarks.twins import NAMES
+from ultramem.evaluation.plots import save
 
 # What the device has to have in common for points to go into one figure.
 _SETTINGS_OF_DEVICE = (
@@ -78,16 +81,17 @@ class Reproduction:
         """Measure what is missing."""
         per_group = len(NAMES) * (self.plan.num_runs + NUM_WARMUPS)
         columns = (
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            # Takes what the numbers leave.
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
         )
         # Redrawn only between runs: a thread that draws would take its time from what is measured.
         with (
             use_threads(self.num_threads),
-            Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar,
+            Progress(*columns, console=Console(stderr=True), auto_refresh=False, expand=True) as bar,
         ):
             task = bar.add_task(
                 "building models",
@@ -103,10 +107,6 @@ class Reproduction:
         """Draw the points that are there; returns the file, or None where there are none."""
         if not self.store.points:
             return None
-        # matplotlib takes a while to import.
-        from ultramem.benchmarks.drawing import draw_figure
-        from ultramem.evaluation.plots import save
-
         device = self.device
         where = device.get("accelerator") or (
             f"{device['processor']} ({device['vector_instructions']}), threads: {device['threads']}"
