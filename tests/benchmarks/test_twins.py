@@ -36,7 +36,9 @@ def test_sparse_parameters_grow_at_equal_flops(ratio):
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(ConfigError, match=r"there is no family of models 'huge'; there are tiny, small, base, 227m\."):
+    with pytest.raises(
+        ConfigError, match=r"there is no family of models 'huge'; there are tiny, small, base, 227m, 1b\."
+    ):
         family_configs("huge")
     with pytest.raises(ConfigError, match="no UltraMemV2 has 1e\\+06 times the dense model's parameters in sparse "):
         with_sparse_ratio(family_configs("tiny", 2), 1e6)

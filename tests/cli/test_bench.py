@@ -131,7 +131,7 @@ def test_a_benchmark_prints_a_table_and_writes_json(name, invoke, tmp_path, meas
         ),
         (
             ("bench", "decode", "--family", "huge"),
-            "there is no family of models 'huge'; there are tiny, small, base, 227m.",
+            "there is no family of models 'huge'; there are tiny, small, base, 227m, 1b.",
         ),
         (("reproduce", "figure1", "--kv-length", 0), "--kv-length must be at least 1; got 0."),
         (("reproduce", "figure1", "--runs", 1), "--runs must be at least 7, so that median and spread mean something"),

@@ -91,7 +91,6 @@ def compilations(every_tiling):
         constants = {**shape, "HAS_BLOCKS": has_blocks}
         yield table_kernels.gather_dot_kernel, {**tables, "out_ptr": dtype}, constants
         yield table_kernels.bag_kernel, {**tables, "out_ptr": dtype}, constants
-        yield table_kernels.scatter_atomic_kernel, {**tables, "out_ptr": single}, constants
         sums = {**tables, "row_ptr": "*i32", "entry_ptr": index, "out_ptr": single, "partial_ptr": single}
         yield table_kernels.segment_sum_kernel, sums, {**constants, "CHUNK": 256}
     partials = {"row_ptr": "*i32", "out_ptr": single, "partial_ptr": single}
