@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ REFERENCE = "reference"
 CPU = "cpu"
 TRITON = "triton"
 BACKENDS = (AUTO, REFERENCE, CPU, TRITON)
+# Those whose choice for plain CPU tensors is the C++ kernels.
+_DIRECT = (AUTO, CPU)
 
 # Each package of kernels has a function `why_unavailable() -> str | None`: None where it can run.
 _PACKAGES = {CPU: "ultramem.ops.cpu", TRITON: "ultramem.ops.triton"}
@@ -31,6 +34,8 @@ _chosen = os.environ.get("ULTRAMEM_OPS", AUTO)
 _logged: set[str] = set()
 # Why a backend cannot run on this machine, or None, as far as it was asked.
 _reasons: dict[str, str | None] = {}
+# C++ kernels that can be called past the dispatcher, once they are loaded.
+_direct: ModuleType | None = None
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -118,6 +123,20 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     return True
 
 
+def direct_calls(backend: str | None) -> ModuleType | None:
+    """C++ kernels that check their operands by themselves, for a call that asks for this backend (see `requested`).
+
+    Each takes all arguments of the operator of its name by position, and answers None where the operator has more to do
+    than to compute: other operands than plain ones of its kernels, gradients, dispatch modes, errors to tell.
+
+    Returns:
+        None where they are not loaded, compilation has to see the operator, or another backend was asked for.
+    """
+    if torch.compiler.is_compiling() or (_chosen if backend is None else backend) not in _DIRECT:
+        return None
+    return _direct
+
+
 def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why a backend has no kernel for these operands, or None."""
     device = tensors[0].device.type
@@ -136,9 +155,13 @@ def _why_not_tensors(backend: str, tensors: tuple[Tensor, ...]) -> str | None:
 
 def _why_not_here(backend: str) -> str | None:
     """Why a backend cannot run on this machine, or None. The kernels are built or loaded on the first call."""
+    global _direct
     if backend not in _reasons:
         try:
-            _reasons[backend] = importlib.import_module(_PACKAGES[backend]).why_unavailable()
+            package = importlib.import_module(_PACKAGES[backend])
+            _reasons[backend] = package.why_unavailable()
+            if backend == CPU:
+                _direct = package.direct_calls()
         except ImportError as error:
             _reasons[backend] = str(error)
     return _reasons[backend]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, TRITON, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose, direct_calls, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows, slice_indices, with_cores
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -123,6 +123,10 @@ def bag(
         IndexError: an index outside the table (CPU).
         BackendError: a backend that was asked for cannot run.
     """
+    if (direct := direct_calls(backend)) is not None and (row_gradients is None or not torch.is_grad_enabled()):
+        pooled: Tensor | None = direct.bag(idx_NK, w, table_RV, block_NK, num_blocks)
+        if pooled is not None:
+            return pooled
     w_NKC = with_cores(w, idx_NK, "bag")
     check_operands("bag", idx_NK, w_NKC, table_RV.shape[1], w_NKC.shape[2], block_NK, num_blocks)
     table = table_RV if row_gradients is None else table_RV.detach()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, TRITON, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, TRITON, choose, direct_calls, requested, runs_directly
 from ultramem.ops.operands import block_selector, check_operands, gather_rows
 from ultramem.ops.precision import without_autocast
 from ultramem.ops.row_gradients import RowGradients, tap
@@ -121,6 +121,10 @@ def gather_dot(
         IndexError: an index outside the table (CPU).
         BackendError: a backend that was asked for cannot run.
     """
+    if (direct := direct_calls(backend)) is not None and (row_gradients is None or not torch.is_grad_enabled()):
+        dots: Tensor | None = direct.gather_dot(idx_NK, x_NV, table_RV, block_NK, num_blocks, num_cores)
+        if dots is not None:
+            return dots
     width = table_RV.shape[1]
     check_operands("gather_dot", idx_NK, x_NV, width, num_cores, block_NK, num_blocks)
     if x_NV.ndim != 2 or x_NV.shape[1] != num_blocks * width:

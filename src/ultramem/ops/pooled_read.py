@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ultramem.ops.backends import AUTO, CPU, choose, requested, runs_directly
+from ultramem.ops.backends import AUTO, CPU, choose, direct_calls, requested, runs_directly
 from ultramem.ops.bag import bag
 from ultramem.ops.gather_dot import gather_dot
 from ultramem.ops.operands import check_operands, with_cores
@@ -122,6 +122,12 @@ def pooled_read(
         IndexError: an index outside the tables (CPU).
         BackendError: a backend that was asked for cannot run.
     """
+    if (direct := direct_calls(backend)) is not None:
+        read: Tensor | None = direct.pooled_read(
+            idx_NK, scores, values_RV, x_NU, pre_values_RU, activation, block_NK, num_blocks
+        )
+        if read is not None:
+            return read
     scores_NKC = with_cores(scores, idx_NK, "pooled_read")
     check_operands("pooled_read", idx_NK, x_NU, values_RV.shape[1], scores_NKC.shape[2], block_NK, num_blocks)
     if x_NU.ndim != 2 or pre_values_RU.shape != (values_RV.shape[0], x_NU.shape[1]):

@@ -1,5 +1,5 @@
 """C++ kernels for CPUs: ``torch.ops.ultramem_cpu.*`` exists once :func:`why_unavailable` has answered None."""
 
-from ultramem.ops.cpu.build import why_unavailable
+from ultramem.ops.cpu.build import direct_calls, why_unavailable
 
-__all__ = ["why_unavailable"]
+__all__ = ["direct_calls", "why_unavailable"]

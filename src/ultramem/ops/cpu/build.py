@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -31,6 +33,7 @@ _CAPABILITY_FLAGS = {
 
 _lock = threading.Lock()
 _answer: list[str | None] = []
+_loaded: list[ModuleType] = []
 
 
 def why_unavailable() -> str | None:
@@ -41,6 +44,11 @@ def why_unavailable() -> str | None:
         return _answer[0]
 
 
+def direct_calls() -> ModuleType | None:
+    """The kernels that Python may call past PyTorch's dispatcher (``direct.cpp``); None where none are loaded."""
+    return _loaded[0] if _loaded else None
+
+
 def compiler_flags() -> tuple[str, ...]:
     """Flags of every source file on this CPU."""
     return (*_COMMON_FLAGS, *_CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
@@ -48,7 +56,7 @@ def compiler_flags() -> tuple[str, ...]:
 
 def _try_to_load() -> str | None:
     try:
-        _load()
+        _loaded.append(_load())
     except OSError as error:
         return f"the C++ kernels cannot be built or loaded: {error}"
     except (ImportError, RuntimeError, subprocess.SubprocessError) as error:
@@ -56,14 +64,14 @@ def _try_to_load() -> str | None:
     return None
 
 
-def _load() -> None:
+def _load() -> ModuleType:
     # Takes a while to import, and needs setuptools.
     from torch.utils import cpp_extension
 
     sources = sorted(FOLDER.glob("*.cpp"))
     flags = compiler_flags()
     compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
-    fingerprint = hashlib.sha256(repr((flags, torch.__version__, compiler, sys.platform)).encode())
+    fingerprint = hashlib.sha256(repr((flags, torch.__version__, compiler, sysconfig.get_config_var("EXT_SUFFIX"))).encode())
     for path in (*sources, *sorted(FOLDER.glob("*.h"))):
         fingerprint.update(path.name.encode() + path.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -75,12 +83,17 @@ def _load() -> None:
         with open(root / f"{home.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                _build(cpp_extension, sources, flags, home)
-                return
-    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+                return _build(cpp_extension, sources, flags, home)
+    # Loading also registers torch.ops.ultramem_cpu.
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    return kernels
 
 
-def _build(cpp_extension, sources: list[Path], flags: tuple[str, ...], home: Path) -> None:  # type: ignore[no-untyped-def]
+def _build(cpp_extension, sources: list[Path], flags: tuple[str, ...], home: Path) -> ModuleType:  # type: ignore[no-untyped-def]
     """Build beside the final folder, load, and rename: a folder with the final name is complete."""
     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
         raise RuntimeError(f"there is no C++ compiler ({cpp_extension.get_cxx_compiler()}) on the PATH; install g++")
@@ -88,15 +101,15 @@ def _build(cpp_extension, sources: list[Path], flags: tuple[str, ...], home: Pat
     working = Path(tempfile.mkdtemp(prefix=home.name, dir=home.parent))
     try:
         with _scripts_on_path():
-            cpp_extension.load(
+            kernels: ModuleType = cpp_extension.load(
                 NAME,
                 [str(path) for path in sources],
                 extra_cflags=list(flags),
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(working),
-                is_python_module=False,
             )
         working.rename(home)
+        return kernels
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
