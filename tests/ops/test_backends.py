@@ -54,6 +54,8 @@ def asked(monkeypatch):
 
     for name in ("bag", "gather_dot", "scatter", "pooled_read"):
         monkeypatch.setattr(sys.modules[f"ultramem.ops.{name}"], "choose", record)
+    # Calls past the dispatcher leave nothing to choose.
+    monkeypatch.setattr(backends, "_direct", None)
     return calls
 
 

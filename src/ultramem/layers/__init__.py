@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ultramem.layers.memory import MemoryConfig, MemoryLayer, MemoryOutput, Statistics, add_losses, draw_pool
+from ultramem.layers.memory import AddOutput, MemoryConfig, MemoryLayer, MemoryOutput, Statistics, add_losses, draw_pool
 from ultramem.layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from ultramem.layers.peer import PEER, PEERConfig
 from ultramem.layers.pkm import PKM, PKMConfig
@@ -29,6 +29,7 @@ MEMORY_TYPES: dict[str, MemoryType] = {
 
 
 __all__ = [
+    "AddOutput",
     "MEMORY_TYPES",
     "PEER",
     "PKM",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
+_VERSION = operator.attrgetter("_version")
+
 
 class Derived(Generic[Value]):
     """A value kept for as long as its sources are the same tensors, unchanged since it was computed.
@@ -29,10 +31,10 @@ class Derived(Generic[Value]):
 
     def get(self, sources: tuple[Tensor, ...], dtype: torch.dtype, derive: Callable[[], Value]) -> Value:
         """The value for these sources and this dtype, computed by ``derive`` where it is not at hand."""
-        if torch.compiler.is_compiling() or not all(map(_has_version, sources)):
-            return derive()
-        state = (dtype, *(source._version for source in sources))
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
+        if torch.compiler.is_compiling() or not (same or all(map(_has_version, sources))):
+            return derive()
+        state = (dtype, *map(_VERSION, sources))
         if self._value is None or not same or state != self._state:
             self._value = derive()
             self._sources, self._state = sources, state

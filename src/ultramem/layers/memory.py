@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,6 +23,10 @@ _SHARE_ROUNDING = 2e-3
 
 # Which statistics a memory returns: none, the cheap ones, or also the recall of its search, which scores whole grids.
 Statistics = bool | Literal["recall"]
+
+
+# Adds an output to hidden states [N, D] fp32, in place; the second argument is what it is made from.
+AddOutput = Callable[[Tensor, Tensor], None]
 
 
 class MemoryOutput(NamedTuple):
@@ -286,7 +290,20 @@ class MemoryLayer(nn.Module):
             x_ND: normed hidden states, fp32.
             pool: the rows.
         """
-        residual_ND += self(x_ND, pool).output
+        kernel = self.output_kernel(pool)
+        if kernel is None:
+            residual_ND += self(x_ND, pool).output
+        else:
+            kernel(residual_ND, x_ND)
+
+    def output_kernel(self, pool: MemoryPool) -> AddOutput | None:
+        """What does the work of `add_output` in one kernel; None where none can stand in for this layer as it is.
+
+        Asking takes as long as reading many rows. The answer holds for as long as gradients, autocast and the backend
+        are what they are, and all modules of layer and pool keep their classes, modes, hooks and parameters, and these
+        their dtype, device and layout; values may change.
+        """
+        return None
 
     def query_input(self, x: Tensor, past: Tensor | None) -> Tensor:
         """What the queries are made from: [..., D]."""

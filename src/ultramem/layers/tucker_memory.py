@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ultramem.errors import ConfigError
-from ultramem.layers.memory import MemoryConfig, MemoryLayer
+from ultramem.layers.memory import AddOutput, MemoryConfig, MemoryLayer
 from ultramem.layers.plain import is_plain
 from ultramem.layers.retrieval import NORM_EPSILON, Retrieved, TuckerRetrieval, is_loaded
 from ultramem.layers.table import MemoryPool
@@ -168,47 +168,41 @@ class TuckerMemory(MemoryLayer):
         """Recompute the coarse directions from the cores."""
         self.retrieval.refresh()
 
-    def add_output(self, residual_ND: Tensor, x_ND: Tensor, pool: MemoryPool) -> None:
-        """As of every memory; in one kernel where all parts of the layer are what they were built as."""
+    def output_kernel(self, pool: MemoryPool) -> AddOutput | None:
+        """The kernel, where all parts of the layer are what they were built as."""
         retrieval, pre_proj, out_proj = self.retrieval, self.pre_proj, self.out_proj
-        values_RV, query_gain_d, search = pool.values, retrieval.query_norm, retrieval.search
         linears = [linear for linear in (retrieval.query_proj, out_proj, pre_proj) if linear is not None]
-        # Lists and no generators: asking takes as long as reading many rows.
         plain = [is_plain(linear, nn.Linear) for linear in linears]
         plain += [is_plain(module, type(module)) for module in (self, retrieval, pool)]
-        weights = [query_gain_d, *(linear.weight for linear in linears)] if all(plain) else []
+        weights = [retrieval.query_norm, *(linear.weight for linear in linears)] if all(plain) else []
         if (
             not weights
             or self.training
-            or search == "exact"
+            or retrieval.search == "exact"
             or len({weight.dtype for weight in weights}) > 1
-            or not decode.runs_on_kernels(*weights, values_RV)
+            or not decode.runs_on_kernels(*weights, pool.values)
         ):
-            super().add_output(residual_ND, x_ND, pool)
-            return
-        keys_H2Srd, contracted_2HSe = retrieval.searched_keys()
-        decode.add_tucker_memory(
-            residual_ND,
-            x_ND,
-            query_OD=weights[1],
-            query_gain_d=query_gain_d,
-            epsilon=NORM_EPSILON,
-            keys_H2Srd=keys_H2Srd,
-            contracted_2HSe=contracted_2HSe,
-            cores_CHrr=retrieval.cores,
-            top_k=retrieval.top_k,
-            coarse_top_k=retrieval.coarse_top_k,
-            signed=search == "signed",
-            permutation=self.permutation,
-            window_offset=self.window.offset,
-            window_size=self.window.size,
-            values_RV=values_RV,
-            pre_values_RU=pool.pre_values,
-            pre_UD=None if pre_proj is None else weights[3],
-            activation=self.pre_activation,
-            num_blocks=self.config.pooled_dim // self.config.value_dim,
-            out_DV=weights[2],
+            return None
+        query_gain_d, query_OD, out_DV = weights[:3]
+        settings = (retrieval.top_k, retrieval.coarse_top_k, retrieval.search == "signed", self.permutation)
+        reading = (
+            self.window.offset,
+            self.window.size,
+            pool.values,
+            pool.pre_values,
+            None if pre_proj is None else weights[3],
+            self.pre_activation,
+            self.config.pooled_dim // self.config.value_dim,
+            out_DV,
         )
+        cores_CHrr, searched_keys = retrieval.cores, retrieval.searched_keys
+
+        def add(residual_ND: Tensor, x_ND: Tensor) -> None:
+            decode.add_tucker_memory(
+                residual_ND, x_ND, query_OD, query_gain_d, NORM_EPSILON, *searched_keys(), cores_CHrr, *settings, *reading
+            )
+
+        return add
 
     def virtual_slots(self, slots_NK: Tensor) -> Tensor:
         """The permutation of the grid's slots."""

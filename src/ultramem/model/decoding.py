@@ -1,22 +1,27 @@
 """Decoding on CPUs: the next token of every sequence by kernels that read the weights where they are.
 
-A step is a function of the model as it stands. It collects the weights anew each time, so that nothing can be out of
-date, and leaves to the model's own forward whatever it does not know: hooks, adapters, quantised or sharded weights,
-other devices and dtypes.
+A step is a function of the model as it stands. The weights of its blocks, which are read where they are, are collected
+anew whenever a module or a parameter is not what it was in the step before, so that nothing can be out of date. Whatever
+it does not know is left to the model's own forward: hooks, adapters, quantised or sharded weights, other devices and
+dtypes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeExperts, OlmoeRMSNorm, OlmoeTopKRouter
 
-from ultramem.layers import MemoryLayer, MemoryPool
+from ultramem.layers import AddOutput, MemoryLayer, MemoryPool
 from ultramem.layers.plain import is_plain
+from ultramem.layers.retrieval import Retrieval
 from ultramem.model.block import UltraMemDecoderLayer
-from ultramem.model.cache import DecodingCache, ReservedLayer
+from ultramem.model.cache import DecodingCache
 from ultramem.model.ffn import DenseFFN, MoEFFN
 from ultramem.ops import decode
 
@@ -25,8 +30,7 @@ if TYPE_CHECKING:
 
 # Attention of these names computes what the kernel computes.
 _ATTENTION = ("sdpa", "eager")
-
-AddOutput = Callable[[Tensor, Tensor], None]
+_KIND = attrgetter("dtype", "is_cpu")
 
 
 class _UnknownError(Exception):
@@ -40,15 +44,70 @@ class _Attention(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The weights of one block, and where its keys and values are kept."""
+    """The weights of one block."""
 
     input_gain: Tensor
     attention: _Attention
     ffn_gain: Tensor
     add_ffn: AddOutput | None
-    memories: list[MemoryLayer]
+    memories: list[AddOutput]
     memory_ends: list[int]
-    cache: ReservedLayer
+
+
+class _Weights:
+    """What a step reads of a model, for as long as `are_current` says so.
+
+    Args:
+        model: without its output layer.
+        head: the output layer.
+
+    Raises:
+        _UnknownError: something in it is not known.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        self._modules = [*model.modules(), *head.modules()]
+        # Looking these up in every step would take longer than looking into them.
+        attributes = [module.__dict__ for module in self._modules]
+        members = [each[name] for each in attributes for name in ("_modules", "_parameters", "_buffers")]
+        hooks = [each[name] for each in attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._attributes = attributes
+        self._empty = hooks + [each for each in members if not each]
+        self._filled = [each for each in members if each]
+        self._filled += [vars(each) for each in self._modules if isinstance(each, (MemoryLayer, MemoryPool, Retrieval))]
+        self._tensors = [*model.parameters(), *model.buffers(), *head.parameters()]
+        self._members, self._facts = list(self._look_at_members()), self._look()
+        dtype = head.weight.dtype
+        _check(is_plain(model, type(model)) and not any(hooks))
+        self.head = _weight(head, nn.Linear, dtype)
+        self.final_gain = _weight(model.norm, OlmoeRMSNorm, dtype)
+        self.blocks = [_collect(cast(UltraMemDecoderLayer, block), model.memory_pool, dtype) for block in model.layers]
+
+    def are_current(self) -> bool:
+        """Whether modules and parameters are those that were collected; what is in the parameters may have changed."""
+        return (
+            not any(self._empty)
+            and all(map(is_, chain(self._look_at_members(), (self,)), chain(self._members, (self,))))
+            and self._look() == self._facts
+        )
+
+    # Loops in C, both: they go over a thousand things in every step.
+
+    def _look_at_members(self) -> Iterable[object]:
+        """What must stay the very same: submodules, parameters and buffers, and whatever memories are set to."""
+        return chain.from_iterable(map(dict.values, self._filled))
+
+    def _look(self) -> tuple[list[object], ...]:
+        """What must stay equal: classes, methods that were put in the place of others, the kind of all tensors."""
+        return (
+            list(map(type, self._modules)),
+            list(map(dict.__contains__, self._attributes, repeat("forward"))),
+            list(map(_KIND, self._tensors)),
+            list(map(Tensor.is_contiguous, self._tensors)),
+        )
+
+
+_collected: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 
 
 def decode_step(
@@ -77,14 +136,10 @@ def decode_step(
     if not decode.runs_on_kernels(weight) or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     try:
-        head = _weight(model.lm_head, nn.Linear, weight.dtype)
-        final_gain = _weight(model.model.norm, OlmoeRMSNorm, weight.dtype)
-        if not is_plain(model.model, type(model.model)) or model.config._attn_implementation not in _ATTENTION:
-            raise _UnknownError
-        blocks = [
-            _collect(cast(UltraMemDecoderLayer, block), layer, num_sequences, weight.dtype)
-            for block, layer in zip(model.model.layers, cache.layers, strict=True)
-        ]
+        for layer in cache.layers:
+            _check(layer.keys is not None and layer.keys.dtype == weight.dtype and len(layer.keys) == num_sequences)
+        _check(model.config._attn_implementation in _ATTENTION)
+        weights = _weights_of(model)
     except _UnknownError:
         return None
     embedded = model.model.embed_tokens(input_ids)
@@ -94,16 +149,17 @@ def decode_step(
     residual_ND = embedded.squeeze(1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     angles = (cosines.squeeze(1).float().contiguous(), sines.squeeze(1).float().contiguous())
     mask = None if attention_mask is None else attention_mask.bool().contiguous()
-    _run_blocks(model, blocks, residual_ND, angles, position, mask)
+    _run_blocks(model, weights.blocks, cache, residual_ND, angles, position, mask)
     for layer in cache.layers:
         layer.set_length(position + 1)
-    normed = decode.rms_norm(residual_ND, final_gain, model.config.rms_norm_eps)
-    return decode.linear(normed, head, model.lm_head.bias).to(weight.dtype).unsqueeze(1)
+    normed = decode.rms_norm(residual_ND, weights.final_gain, model.config.rms_norm_eps)
+    return decode.linear(normed, weights.head, model.lm_head.bias).to(weight.dtype).unsqueeze(1)
 
 
 def _run_blocks(
     model: "UltraMemForCausalLM",
     blocks: list[_Block],
+    cache: DecodingCache,
     residual_ND: Tensor,
     angles: tuple[Tensor, Tensor],
     position: int,
@@ -111,18 +167,18 @@ def _run_blocks(
 ) -> None:
     """Add the outputs of all blocks to the residual stream."""
     config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    pool = cast(MemoryPool, model.model.memory_pool)
+    # Each look into a configuration of transformers takes as long as a small kernel.
+    epsilon, clip, scaling = config.rms_norm_eps, config.clip_qkv, (config.hidden_size // config.num_attention_heads) ** -0.5
     carried: list[tuple[int, Tensor]] = []
     for index, block in enumerate(blocks):
-        keys, values = block.cache.reserve(1)
+        keys, values = cache.layers[index].reserve(1)
         decode.add_attention(
             residual_ND,
-            decode.rms_norm(residual_ND, block.input_gain, config.rms_norm_eps),
+            decode.rms_norm(residual_ND, block.input_gain, epsilon),
             *block.attention,
-            epsilon=config.rms_norm_eps,
-            clip=config.clip_qkv,
-            scaling=head_dim**-0.5,
+            epsilon=epsilon,
+            clip=clip,
+            scaling=scaling,
             cosines_Nd=angles[0],
             sines_Nd=angles[1],
             keys_BHTd=keys,
@@ -130,13 +186,13 @@ def _run_blocks(
             position=position,
             mask_BT=mask,
         )
-        normed_ND = decode.rms_norm(residual_ND, block.ffn_gain, config.rms_norm_eps)
-        for memory, end in zip(block.memories, block.memory_ends, strict=True):
+        normed_ND = decode.rms_norm(residual_ND, block.ffn_gain, epsilon)
+        for add_memory, end in zip(block.memories, block.memory_ends, strict=True):
             if end == index:
-                memory.add_output(residual_ND, normed_ND, pool)
+                add_memory(residual_ND, normed_ND)
             else:
                 carried.append((end, torch.zeros_like(residual_ND)))
-                memory.add_output(carried[-1][1], normed_ND, pool)
+                add_memory(carried[-1][1], normed_ND)
         if block.add_ffn is not None:
             block.add_ffn(residual_ND, normed_ND)
         for end, output_ND in carried:
@@ -144,10 +200,17 @@ def _run_blocks(
                 residual_ND += output_ND
 
 
-def _collect(block: UltraMemDecoderLayer, layer: ReservedLayer, num_sequences: int, dtype: torch.dtype) -> _Block:
+def _weights_of(model: "UltraMemForCausalLM") -> _Weights:
+    """What a step reads of a model as it stands. Raises _UnknownError."""
+    weights = _collected.get(model)
+    if weights is None or not weights.are_current():
+        weights = _collected[model] = _Weights(model.model, model.lm_head)
+    return weights
+
+
+def _collect(block: UltraMemDecoderLayer, pool: MemoryPool | None, dtype: torch.dtype) -> _Block:
     """The weights of a block. Raises _UnknownError."""
     _check(is_plain(block, UltraMemDecoderLayer))
-    _check(layer.keys is not None and layer.keys.dtype == dtype and len(layer.keys) == num_sequences)
     attention = block.self_attn
     _check(is_plain(attention, OlmoeAttention))
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
@@ -159,10 +222,14 @@ def _collect(block: UltraMemDecoderLayer, layer: ReservedLayer, num_sequences: i
         _Attention(weights, biases, gains),
         _weight(block.post_attention_layernorm, OlmoeRMSNorm, dtype),
         None if block.mlp is None else _ffn(block.mlp, dtype),
-        cast(list[MemoryLayer], list(block.memories)),
+        [_memory(cast(MemoryLayer, memory), cast(MemoryPool, pool)) for memory in block.memories],
         block.memory_ends,
-        layer,
     )
+
+
+def _memory(memory: MemoryLayer, pool: MemoryPool) -> AddOutput:
+    """What adds the output of a memory, whatever it is."""
+    return memory.output_kernel(pool) or (lambda residual_ND, x_ND: memory.add_output(residual_ND, x_ND, pool))
 
 
 def _ffn(ffn: nn.Module, dtype: torch.dtype) -> AddOutput:

@@ -20,7 +20,12 @@ at::Tensor with_plain_rows(const at::Tensor& table) {
   return table;
 }
 
-at::Tensor as_floats(const at::Tensor& operand) { return operand.to(at::kFloat).contiguous(); }
+// The dispatcher is asked only where there is something to do: for one token it takes as long as many rows.
+at::Tensor as_type(const at::Tensor& operand, at::ScalarType type) {
+  return operand.scalar_type() == type ? operand : operand.to(type);
+}
+
+at::Tensor as_floats(const at::Tensor& operand) { return as_type(operand, at::kFloat).contiguous(); }
 
 // Call `body` with the lookup of the table's and the indices' types.
 template <class Body>
@@ -74,7 +79,15 @@ void read_tokens(const L values, const L pre, int64_t lower, int64_t upper, cons
   float *dots = dot_buffer.data(), *weights = weight_buffer.data();
   for (int64_t token_start = lower; token_start < upper; token_start += step) {
     const int64_t start = token_start * slots, end = std::min(token_start + step, upper) * slots;
-    for_prefetched_groups(pre, start, end, [=](int64_t token, int64_t entry, int count) {
+    // Rows are asked for as if the values stood behind the pre-values: nothing waits between the two passes.
+    const int64_t num_entries = end - start, ahead = pre.entries_ahead();
+    const auto prefetch_rows = [=](int64_t first, int64_t count) {
+      for (int64_t i = first; i < std::min(first + count, 2 * num_entries); ++i)
+        i < num_entries ? pre.prefetch_row(start + i) : values.prefetch_row(end - 2 * num_entries + i);
+    };
+    prefetch_rows(0, ahead);
+    pre.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
+      prefetch_rows(entry - start + ahead, count);
       pre.dot(entry, count, x + token * pre.width, dots + (entry - start));
     });
     for (int64_t entry = start; entry < end; ++entry) {
@@ -82,7 +95,8 @@ void read_tokens(const L values, const L pre, int64_t lower, int64_t upper, cons
       for (int64_t core = 0; core < cores; ++core)
         weights[(entry - start) * cores + core] = scores[entry * cores + core] * factor;
     }
-    for_prefetched_groups(values, start, end, [=](int64_t token, int64_t entry, int count) {
+    values.for_groups(start, end, [=](int64_t token, int64_t entry, int count) {
+      prefetch_rows(num_entries + entry - start + ahead, count);
       values.pool(entry, count, weights + (entry - start) * cores, out + token * out_width);
     });
   }
@@ -110,7 +124,7 @@ at::Tensor gather_dot(const at::Tensor& idx, const at::Tensor& x, const at::Tens
       });
     });
   });
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 at::Tensor bag(const at::Tensor& idx, const at::Tensor& w, const at::Tensor& table,
@@ -134,7 +148,7 @@ at::Tensor bag(const at::Tensor& idx, const at::Tensor& w, const at::Tensor& tab
       });
     });
   });
-  return out.to(table.scalar_type());
+  return as_type(out, table.scalar_type());
 }
 
 at::Tensor pooled_read(const at::Tensor& idx, const at::Tensor& scores, const at::Tensor& values, const at::Tensor& x,
@@ -162,7 +176,7 @@ at::Tensor pooled_read(const at::Tensor& idx, const at::Tensor& scores, const at
                   out_data);
     });
   });
-  return out.to(values.scalar_type());
+  return as_type(out, values.scalar_type());
 }
 
 }  // namespace ultramem
