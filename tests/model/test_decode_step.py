@@ -1,6 +1,8 @@
 """Decode steps on the CPU's kernels against the model's own forward, and everything that they must leave to it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -203,6 +205,7 @@ CHANGES = {
     "cores": change_cores,
     "rows": lambda model: model.model.memory_pool.values.normal_(),
     "cast": lambda model: model.bfloat16().float(),
+    "head": lambda model: setattr(model, "lm_head", nn.Linear(32, model.config.vocab_size, bias=False)),
     "trained": lambda model: model.train().model.norm.weight.mul_(torch.linspace(0.5, 2, 32)) is None or model.eval(),
 }
 
@@ -245,12 +248,19 @@ LEFT_ALONE = {
     "training": lambda model: model.train(),
     "hidden states": lambda model: setattr(model.config, "output_hidden_states", True),
     "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.GELU()),
+    "method": lambda model: setattr(model.model.norm, "forward", lambda x: 2 * x),
+    "module": lambda model: setattr(model.model.layers[1].mlp, "up_proj", Doubled(32, 40, bias=False)),
 }
 
 
+@pytest.mark.parametrize("after_a_step", [False, True])
 @pytest.mark.parametrize("change", LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_what_the_kernels_do_not_know_is_the_models_own(change, steps):
+def test_what_the_kernels_do_not_know_is_the_models_own(change, after_a_step, steps):
     model, input_ids = decoder(memory=None), token_ids(2, LENGTH)
+    if after_a_step:
+        both_ways(model, input_ids)
+        assert all(logits is not None for logits in steps)
+        steps.clear()
     change(model)
     assert_close(*both_ways(model, input_ids))
     assert not any(logits is not None for logits in steps)
@@ -267,6 +277,43 @@ def test_adapters_inside_a_memory_are_heard(path, steps):
     # RMS-normed queries do not show their scale.
     assert torch.allclose(ours, before, atol=1e-3) == (path == "query_proj")
     assert all(logits is not None for logits in steps)
+
+
+def exact_search(model):
+    model.model.memories[0].retrieval.search = "exact"
+
+
+def fewer_slots(model):
+    model.model.memories[1].retrieval.top_k = 1
+
+
+def hook_on_a_memory(model):
+    model.model.memories[0].register_forward_hook(lambda module, inputs, output: output._replace(output=0 * output[0]))
+
+
+def other_permutation(model):
+    memory = model.model.memories[0]
+    memory.permutation = memory.permutation.flip(0)
+
+
+@pytest.mark.parametrize("change", [exact_search, fewer_slots, hook_on_a_memory, other_permutation])
+def test_a_memory_that_is_changed_between_steps_is_heard(change, steps):
+    model, input_ids = decoder(output_scale=8, **SETTINGS["ultramem_v2"]), token_ids(2, LENGTH)
+    before, _ = both_ways(model, input_ids)
+    change(model)
+    ours, own = both_ways(model, input_ids)
+    assert_close(ours, own)
+    assert change is exact_search or not torch.allclose(ours, before, atol=1e-5)
+    assert all(logits is not None for logits in steps)
+
+
+def test_what_was_collected_of_a_model_goes_with_it():
+    model, input_ids = decoder(**SETTINGS["ultramem_v2"]), token_ids(2, LENGTH)
+    both_ways(model, input_ids)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 def test_gradients_are_the_models_own(steps):

@@ -1,4 +1,4 @@
-"""Calls past PyTorch's dispatcher: taken wherever the kernels can answer, declined wherever an operator has more to do."""
+"""Calls past PyTorch's dispatcher: answered wherever kernels can, declined wherever an operator has more to do."""
 
 import pytest
 import torch
@@ -16,13 +16,22 @@ def normal(*shape):
     return torch.randn(shape, generator=GENERATOR)
 
 
-W, W_CORES, X, X_BLOCKS, TABLE, PRE = normal(2, 3), normal(2, 3, 2), normal(2, 6), normal(2, 12), normal(5, 6), normal(5, 6)
+W, W_CORES, X, X_BLOCKS, TABLE, PRE = (
+    normal(2, 3),
+    normal(2, 3, 2),
+    normal(2, 6),
+    normal(2, 12),
+    normal(5, 6),
+    normal(5, 6),
+)
 BLOCKS = {"block_NK": BLOCK, "num_blocks": 2}
 CALLS = {
     "bag": lambda **options: bag(IDX, W, TABLE, **options),
     "bag, cores and blocks": lambda **options: bag(IDX, W_CORES, TABLE, **BLOCKS, **options),
     "gather_dot": lambda **options: gather_dot(IDX, X, TABLE, **options),
-    "gather_dot, cores and blocks": lambda **options: gather_dot(IDX, X_BLOCKS, TABLE, num_cores=2, **BLOCKS, **options),
+    "gather_dot, cores and blocks": lambda **options: gather_dot(
+        IDX, X_BLOCKS, TABLE, num_cores=2, **BLOCKS, **options
+    ),
     "pooled_read": lambda **options: pooled_read(IDX, W, TABLE, X, PRE, **options),
     "pooled_read, all": lambda **options: pooled_read(
         IDX, W_CORES, TABLE, X, PRE, activation="gelu", **BLOCKS, **options

@@ -29,10 +29,10 @@ MEMORY_TYPES: dict[str, MemoryType] = {
 
 
 __all__ = [
-    "AddOutput",
     "MEMORY_TYPES",
     "PEER",
     "PKM",
+    "AddOutput",
     "MemoryConfig",
     "MemoryLayer",
     "MemoryOutput",

@@ -183,23 +183,32 @@ class TuckerMemory(MemoryLayer):
             or not decode.runs_on_kernels(*weights, pool.values)
         ):
             return None
-        query_gain_d, query_OD, out_DV = weights[:3]
-        settings = (retrieval.top_k, retrieval.coarse_top_k, retrieval.search == "signed", self.permutation)
-        reading = (
-            self.window.offset,
-            self.window.size,
-            pool.values,
-            pool.pre_values,
-            None if pre_proj is None else weights[3],
-            self.pre_activation,
-            self.config.pooled_dim // self.config.value_dim,
-            out_DV,
-        )
-        cores_CHrr, searched_keys = retrieval.cores, retrieval.searched_keys
+        values_RV, pre_values_RU, activation = pool.values, pool.pre_values, self.pre_activation
+        num_blocks = self.config.pooled_dim // self.config.value_dim
 
         def add(residual_ND: Tensor, x_ND: Tensor) -> None:
+            keys_H2Srd, contracted_2HSe = retrieval.searched_keys()
             decode.add_tucker_memory(
-                residual_ND, x_ND, query_OD, query_gain_d, NORM_EPSILON, *searched_keys(), cores_CHrr, *settings, *reading
+                residual_ND,
+                x_ND,
+                query_OD=weights[1],
+                query_gain_d=weights[0],
+                epsilon=NORM_EPSILON,
+                keys_H2Srd=keys_H2Srd,
+                contracted_2HSe=contracted_2HSe,
+                cores_CHrr=retrieval.cores,
+                top_k=retrieval.top_k,
+                coarse_top_k=retrieval.coarse_top_k,
+                signed=retrieval.search == "signed",
+                permutation=self.permutation,
+                window_offset=self.window.offset,
+                window_size=self.window.size,
+                values_RV=values_RV,
+                pre_values_RU=pre_values_RU,
+                pre_UD=None if pre_proj is None else weights[3],
+                activation=activation,
+                num_blocks=num_blocks,
+                out_DV=weights[2],
             )
 
         return add

@@ -1,9 +1,8 @@
 """Decoding on CPUs: the next token of every sequence by kernels that read the weights where they are.
 
-A step is a function of the model as it stands. The weights of its blocks, which are read where they are, are collected
-anew whenever a module or a parameter is not what it was in the step before, so that nothing can be out of date. Whatever
-it does not know is left to the model's own forward: hooks, adapters, quantised or sharded weights, other devices and
-dtypes.
+A step is a function of the model as it stands. Weights are read where they are, and collected anew whenever a module or
+a parameter is not what it was in the step before, so that nothing can be out of date. Whatever it does not know is left
+to the model's own forward: hooks, adapters, quantised or sharded weights, other devices and dtypes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,30 +57,32 @@ class _Weights:
     """What a step reads of a model, for as long as `are_current` says so.
 
     Args:
-        model: without its output layer.
-        head: the output layer.
+        model: which is not kept alive.
 
     Raises:
         _UnknownError: something in it is not known.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
-        self._modules = [*model.modules(), *head.modules()]
+    def __init__(self, model: "UltraMemForCausalLM") -> None:
+        decoder, head = model.model, model.lm_head
+        self._modules = [*decoder.modules(), *head.modules()]
         # Looking these up in every step would take longer than looking into them.
         attributes = [module.__dict__ for module in self._modules]
         members = [each[name] for each in attributes for name in ("_modules", "_parameters", "_buffers")]
+        members.append(model._modules)
         hooks = [each[name] for each in attributes for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._attributes = attributes
         self._empty = hooks + [each for each in members if not each]
         self._filled = [each for each in members if each]
         self._filled += [vars(each) for each in self._modules if isinstance(each, (MemoryLayer, MemoryPool, Retrieval))]
-        self._tensors = [*model.parameters(), *model.buffers(), *head.parameters()]
+        self._tensors = [*decoder.parameters(), *decoder.buffers(), *head.parameters()]
         self._members, self._facts = list(self._look_at_members()), self._look()
         dtype = head.weight.dtype
-        _check(is_plain(model, type(model)) and not any(hooks))
+        _check(is_plain(decoder, type(decoder)))
         self.head = _weight(head, nn.Linear, dtype)
-        self.final_gain = _weight(model.norm, OlmoeRMSNorm, dtype)
-        self.blocks = [_collect(cast(UltraMemDecoderLayer, block), model.memory_pool, dtype) for block in model.layers]
+        self.final_gain = _weight(decoder.norm, OlmoeRMSNorm, dtype)
+        pool = cast(MemoryPool | None, decoder.memory_pool)
+        self.blocks = [_collect(cast(UltraMemDecoderLayer, block), pool, dtype) for block in decoder.layers]
 
     def are_current(self) -> bool:
         """Whether modules and parameters are those that were collected; what is in the parameters may have changed."""
@@ -168,7 +169,11 @@ def _run_blocks(
     """Add the outputs of all blocks to the residual stream."""
     config = model.config
     # Each look into a configuration of transformers takes as long as a small kernel.
-    epsilon, clip, scaling = config.rms_norm_eps, config.clip_qkv, (config.hidden_size // config.num_attention_heads) ** -0.5
+    epsilon, clip, scaling = (
+        config.rms_norm_eps,
+        config.clip_qkv,
+        (config.hidden_size // config.num_attention_heads) ** -0.5,
+    )
     carried: list[tuple[int, Tensor]] = []
     for index, block in enumerate(blocks):
         keys, values = cache.layers[index].reserve(1)
@@ -204,7 +209,7 @@ def _weights_of(model: "UltraMemForCausalLM") -> _Weights:
     """What a step reads of a model as it stands. Raises _UnknownError."""
     weights = _collected.get(model)
     if weights is None or not weights.are_current():
-        weights = _collected[model] = _Weights(model.model, model.lm_head)
+        weights = _collected[model] = _Weights(model)
     return weights
 
 

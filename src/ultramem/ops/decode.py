@@ -119,6 +119,7 @@ def add_gated_ffn(residual_ND: Tensor, x_ND: Tensor, gate_FD: Tensor, up_FD: Ten
 def add_tucker_memory(
     residual_ND: Tensor,
     x_ND: Tensor,
+    *,
     query_OD: Tensor,
     query_gain_d: Tensor,
     epsilon: float,

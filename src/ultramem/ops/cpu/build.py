@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import threading
@@ -71,7 +70,9 @@ def _load() -> ModuleType:
     sources = sorted(FOLDER.glob("*.cpp"))
     flags = compiler_flags()
     compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
-    fingerprint = hashlib.sha256(repr((flags, torch.__version__, compiler, sysconfig.get_config_var("EXT_SUFFIX"))).encode())
+    fingerprint = hashlib.sha256(
+        repr((flags, torch.__version__, compiler, sysconfig.get_config_var("EXT_SUFFIX"))).encode()
+    )
     for path in (*sources, *sorted(FOLDER.glob("*.h"))):
         fingerprint.update(path.name.encode() + path.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())

@@ -67,18 +67,45 @@ inline void multiply_tile(const float* x, int64_t x_stride, const T* w, int64_t 
     }
 }
 
+// Rows that will be copied next, asked for a few cache lines at a time: arithmetic hides the time that they take.
+class Coming {
+ public:
+  Coming() = default;
+  Coming(const void* first, int64_t row_bytes, int64_t stride_bytes, int64_t num_tiles)
+      : row_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_bytes_(stride_bytes), num_rows_(kBlockRows),
+        lines_per_tile_((kBlockRows * ((row_bytes + kLineBytes - 1) / kLineBytes) + num_tiles - 1) / num_tiles) {}
+
+  void ask() {
+    for (int64_t line = 0; line < lines_per_tile_ && num_rows_ > 0; ++line) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      offset_ += kLineBytes;
+      if (offset_ < row_bytes_) continue;
+      offset_ = 0;
+      row_ += stride_bytes_;
+      --num_rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  const char* row_ = nullptr;
+  int64_t row_bytes_ = 0, stride_bytes_ = 0, num_rows_ = 0, lines_per_tile_ = 0, offset_ = 0;
+};
+
 // kBlockRows rows times all tokens.
 template <bool from_memory, int tokens = kTileTokens, class T>
 inline void multiply_rows(const float* x, int64_t x_stride, int64_t num_tokens, const T* w, int64_t w_stride,
-                          int64_t width, float* out, int64_t out_stride, bool add) {
+                          int64_t width, float* out, int64_t out_stride, bool add, Coming coming = {}) {
   int64_t token = 0;
   for (; token + tokens <= num_tokens; token += tokens)
-    for (int row = 0; row < kBlockRows; row += kLanes / tokens)
+    for (int row = 0; row < kBlockRows; row += kLanes / tokens) {
+      if constexpr (!from_memory) coming.ask();
       multiply_tile<tokens, from_memory>(x + token * x_stride, x_stride, w + row * w_stride, w_stride, width,
-                            out + token * out_stride + row, out_stride, add);
+                                         out + token * out_stride + row, out_stride, add);
+    }
   if constexpr (tokens > 1)
     multiply_rows<from_memory, tokens / 2>(x + token * x_stride, x_stride, num_tokens - token, w, w_stride, width,
-                                 out + token * out_stride, out_stride, add);
+                                           out + token * out_stride, out_stride, add, coming);
 }
 
 // Activations [N, width] in fp32, whose rows can be read in whole vectors: beyond the width they are zero.
@@ -125,14 +152,16 @@ inline void multiply_block(const Activations& x, const T* w, int64_t num_rows, f
         const T* from = w + row * x.width + start;
         for (; i + kLanes <= real; i += kLanes) {
           store(to + i, load(from + i));
-          __builtin_prefetch(from + kBlockRows * x.width + i, 0, 2);
         }
         for (; i < real; ++i) to[i] = load_one(from + i);
       }
       for (; i < padded; ++i) to[i] = 0.0f;
     }
+    const bool last = start + part >= x.stride;
+    const Coming coming(last ? w + kBlockRows * x.width : w + start + part, part * sizeof(T), x.width * sizeof(T),
+                        std::max<int64_t>(1, x.num_tokens * kBlockRows / kLanes));
     multiply_rows<false>(x.data + start, x.stride, x.num_tokens, copy, part, padded, to_out, stride,
-                  start > 0 || (add && whole.empty()));
+                         start > 0 || (add && whole.empty()), coming);
   }
   if (whole.empty()) return;
   for (int64_t token = 0; token < x.num_tokens; ++token)
