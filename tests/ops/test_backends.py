@@ -158,8 +158,9 @@ def read_anew(monkeypatch, caplog):
     def read(**environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        for module, name in ((build, "_answer"), (backends, "_reasons"), (backends, "_logged")):
+        for module, name in ((build, "_answer"), (build, "_loaded"), (backends, "_reasons"), (backends, "_logged")):
             monkeypatch.setattr(module, name, type(getattr(module, name))())
+        monkeypatch.setattr(backends, "_direct", None)
         with use_backend("auto"):
             for _ in range(2):
                 assert bag(IDX, W, TABLE).tolist() == [[8.0, 10.0, 12.0, 14.0]] * 2
