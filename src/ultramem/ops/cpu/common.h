@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -50,6 +50,26 @@ inline float load_one(const float* from) { return *from; }
 inline float load_one(const at::BFloat16* from) { return static_cast<float>(*from); }
 
 inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
+
+// Store to an aligned address past the caches: a line that is overwritten as a whole is not read before. The thread calls
+// `finish_streams` before others may read it.
+inline void stream(float* to, Floats value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)value);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)value);
+#else
+  store(to, value);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
