@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -100,6 +101,17 @@ inline void for_tokens(int64_t num_tokens, int64_t elements_per_token, const Bod
   constexpr int64_t kElementsPerTask = 16384;
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_token));
   at::parallel_for(0, num_tokens, grain, body);
+}
+
+// Call `body` with a rank, as a constant where it is one in use: loops over it unroll.
+template <class Body>
+inline void with_rank(int64_t rank, const Body& body) {
+  switch (rank) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 4: return body(std::integral_constant<int, 4>());
+    default: return body(static_cast<int>(rank));
+  }
 }
 
 // Call `body` with a pointer of the type of the table's elements.

@@ -124,10 +124,15 @@ void sum_entries(const std::vector<Factors>& parts, const std::vector<Key>& keys
 
 // Positions in the sorted keys at which a new row starts, and the end.
 std::vector<int64_t> row_starts(const std::vector<Key>& keys) {
-  std::vector<int64_t> starts;
-  for (size_t i = 0; i < keys.size(); ++i)
-    if (i == 0 || row_of(keys[i]) != row_of(keys[i - 1])) starts.push_back(static_cast<int64_t>(i));
-  starts.push_back(static_cast<int64_t>(keys.size()));
+  // Without branches: whether a row is new is hard to foretell.
+  std::vector<int64_t> starts(keys.size() + 1);
+  int64_t count = 0;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    starts[count] = static_cast<int64_t>(i);
+    count += i == 0 || row_of(keys[i]) != row_of(keys[i - 1]);
+  }
+  starts[count] = static_cast<int64_t>(keys.size());
+  starts.resize(count + 1);
   return starts;
 }
 
