@@ -19,7 +19,7 @@ def plain_ultramem_v2(layer: UltraMemV2, pool: MemoryPool, x: Tensor) -> Tensor:
         Like ``x``.
     """
     retrieval, window = layer.retrieval, layer.window
-    num_heads, _, side, key_dim, _ = retrieval.keys.shape
+    side, key_dim = retrieval.keys.shape[2:4]
     x_ND = x.reshape(-1, x.shape[-1])
     num_tokens = x_ND.shape[0]
 
