@@ -10,11 +10,13 @@ import torch
 import yaml
 from rich.console import Console
 
+from tolerances import assert_close
 from ultramem.benchmarks import memory_layers, operators, training_step
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.decoding import DecodeSizes, run_decoding
 from ultramem.benchmarks.memory_layers import LayerSizes, run_layers
 from ultramem.benchmarks.operators import EMBEDDING_BAG, REFERENCE_ROWS, OperatorSizes, run_operators
+from ultramem.benchmarks.plain_layer import plain_ultramem_v2
 from ultramem.benchmarks.report import print_report, run_benchmark
 from ultramem.benchmarks.targets import (
     DENSE,
@@ -122,8 +124,8 @@ def test_layers_without_the_peers():
     assert list(cases) == ["forward", "forward + backward"] + [
         f"{name} {kind}" for name in ("PEER", "PKM") for kind in ("forward", "forward + backward")
     ]
-    assert competitors(cases["forward"]) == {OURS, REFERENCE, ULTRA_MEM}
-    assert competitors(cases["forward + backward"]) == {OURS, ROWS, REFERENCE, ULTRA_MEM}
+    assert competitors(cases["forward"]) == {OURS, REFERENCE, PLAIN, ULTRA_MEM}
+    assert competitors(cases["forward + backward"]) == {OURS, ROWS, REFERENCE, PLAIN, ULTRA_MEM}
     assert competitors(cases["PEER forward"]) == {OURS, REFERENCE, "PEER-pytorch"}
     assert competitors(cases["PKM forward"]) == {OURS, REFERENCE, "product-key-memory"}
     assert cases["PKM forward"].unavailable == {
@@ -139,6 +141,22 @@ def test_the_pool_that_a_compiler_sees_into_reads_what_the_pool_reads():
     plain.values, plain.pre_values = pool.values, pool.pre_values
     x = torch.randn(5, 16)
     torch.testing.assert_close(layer(x, plain).output, layer(x, pool).output)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_heads": 2, "num_cores": 1, "top_k": 9, "coarse_top_k": 5, "rank": 3}])
+def test_the_layer_in_plain_pytorch_is_the_layer(changes):
+    settings = {"num_keys": 8, "key_dim": 8, "value_dim": 8, "pre_value_dim": 6, "top_k": 4} | changes
+    config = memory_layers.UltraMemV2Config(**settings)
+    layer = memory_layers.UltraMemV2(16, config, num_memories=2, memory_index=1)
+    pool = memory_layers.UltraMemV2.make_pool(16, config, num_memories=2)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    plain, expected = plain_ultramem_v2(layer, pool, x), layer(x, pool).output
+    assert_close(plain, expected)
+    operands = [x, *layer.parameters(), *pool.parameters()]
+    weights = torch.randn_like(expected)
+    gradients = (torch.autograd.grad((output * weights).sum(), operands) for output in (plain, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
 
 
 def test_a_compiler_that_cannot_is_reported():

@@ -8,7 +8,6 @@ import torch
 from naive_memories import naive_fine_scores
 from tiny_memories import HIDDEN_SIZE, memory_layer, tokens
 from tolerances import assert_close
-from ultramem.layers.retrieval import rms_normalize
 
 
 def retrieval(**changes):
@@ -160,22 +159,6 @@ def test_a_default_dtype_of_bf16_leaves_the_directions_fp32():
     finally:
         torch.set_default_dtype(torch.float32)
     assert module.row_direction.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_rms_normalize_along_any_dimension(dim):
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    gain = torch.rand(x.shape[dim], dtype=torch.float64)
-    expected = (x / (x.square().mean(dim, keepdim=True) + 1e-5).sqrt()).movedim(dim, -1) * gain
-    assert_close(rms_normalize(x, gain, dim), expected.movedim(-1, dim))
-
-
-def test_rms_normalize_is_computed_in_fp32():
-    x = torch.randn(4, 64).bfloat16()
-    gain = torch.rand(64).bfloat16()
-    normed = rms_normalize(x, gain, -1)
-    assert normed.dtype == torch.float32
-    assert_close(normed, rms_normalize(x.double(), gain.double(), -1))
 
 
 def naive_key_balance(layer, x_ND):

@@ -15,7 +15,7 @@ from ultramem.ops import bag, gather_dot
 def test_a_window_wraps_around_the_ring():
     window = RingWindow(offset=7, size=5, num_rows=9)
     virtual = torch.tensor([[0, 1, 2, 3, 4, 5, 9, 14]], dtype=torch.int32)
-    rows = window.physical_rows(virtual)
+    rows = window.physical_rows(virtual, num_blocks=3)
     assert rows.tolist() == [[7, 8, 0, 1, 2, 7, 2, 2]]
     assert rows.dtype == torch.int64
 
@@ -26,7 +26,7 @@ def test_a_windows_rows_are_distinct_and_each_is_read_by_every_block(num_keys, n
     side = data.draw(st.integers(num_keys, int(num_rows**0.5)))
     offset = data.draw(st.integers(0, num_memories - 1)) * num_keys**2
     window = RingWindow(offset, side**2, num_rows)
-    rows = window.physical_rows(torch.arange(expansion**2 * side**2))
+    rows = window.physical_rows(torch.arange(expansion**2 * side**2), expansion**2)
     blocks = rows.view(expansion**2, side**2)
     assert (blocks == blocks[0]).all()
     assert blocks[0].tolist() == [(offset + row) % num_rows for row in range(side**2)]

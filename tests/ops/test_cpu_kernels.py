@@ -236,6 +236,29 @@ def test_a_large_dense_gradient_is_zero_where_no_token_looked():
     assert gradient.sum() == 128 + gradient.numel()
 
 
+@pytest.mark.parametrize("width", [33, 64])
+def test_large_gradients_are_the_references(width):
+    """Those are written past the caches, rows that start anywhere among them."""
+    generator = torch.Generator().manual_seed(5)
+    idx = torch.randint(90_000, (5_000, 16), generator=generator)
+    idx[:, 3], idx[7] = 70_000, 0
+    w, x = (torch.randn(shape, generator=generator) for shape in ((5_000, 16), (5_000, width)))
+    expected = scatter(idx, w, x, 90_000, backend="reference")
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(scatter(idx, w, x, 90_000, backend="cpu"))
+            rows, sums = torch.ops.ultramem_cpu.sum_rows([idx], [w[..., None]], [x], [None], [1], 90_000, width)
+            assert torch.equal(rows, idx.unique())
+            assert_bit_equal(sums, results[0][rows])
+    finally:
+        torch.set_num_threads(before)
+    assert_close(results[0] / 100, expected / 100)
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
 def test_large_tables_are_held_in_huge_pages_once():
     keep = torch.ops.ultramem_cpu.keep_in_huge_pages
     table = torch.arange(20_000_000.0)

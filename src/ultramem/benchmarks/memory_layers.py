@@ -12,7 +12,8 @@ from ultramem.benchmarks.cases import Builders, Case, measure_case
 from ultramem.benchmarks.compiling import compiled
 from ultramem.benchmarks.measure import Competitor, Tick
 from ultramem.benchmarks.peers import PEERS, peer_layer, product_key_layer, ultra_mem_layer
-from ultramem.benchmarks.targets import OURS, REFERENCE, ROWS, ULTRA_MEM
+from ultramem.benchmarks.plain_layer import plain_ultramem_v2
+from ultramem.benchmarks.targets import OURS, PLAIN, REFERENCE, ROWS, ULTRA_MEM
 from ultramem.layers import PEER, PKM, MemoryLayer, MemoryPool, PEERConfig, PKMConfig, UltraMemV2, UltraMemV2Config
 from ultramem.ops import Activation, bag_reference, gather_dot_reference, use_backend
 
@@ -163,6 +164,9 @@ def _ultramem_v2(sizes: LayerSizes, backward: bool, use_compile: bool) -> Builde
         plain.values, plain.pre_values = pool.values, pool.pre_values
         return _competitor(compiled(_ours(layer, plain)), (layer, plain), shape, backward, "reference")
 
+    def plain_pytorch() -> Competitor:
+        return _competitor(partial(plain_ultramem_v2, layer, pool), (layer, pool), shape, backward, "reference")
+
     def ultra_mem() -> Competitor:
         other = ultra_mem_layer(
             sizes.hidden_size, sizes.num_keys, sizes.key_dim, sizes.value_dim, sizes.top_k, sizes.num_cores
@@ -173,6 +177,7 @@ def _ultramem_v2(sizes: LayerSizes, backward: bool, use_compile: bool) -> Builde
     if backward:
         builders[ROWS] = row_gradients
     builders[REFERENCE] = lambda: on_backend("reference")
+    builders[PLAIN] = plain_pytorch
     if use_compile:
         builders[COMPILED] = compiled_reference
     builders[ULTRA_MEM] = ultra_mem

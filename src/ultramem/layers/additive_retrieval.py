@@ -12,11 +12,10 @@ from ultramem.layers.retrieval import (
     Retrieval,
     Retrieved,
     is_loaded,
-    rms_normalize,
     simulated_inputs,
     typical_score,
 )
-from ultramem.ops import product_topk
+from ultramem.ops import product_topk, rms_norm
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
 # Weight of a batch in the running statistics of batch-normalised queries.
@@ -126,8 +125,8 @@ class AdditiveRetrieval(Retrieval):
             query_NQ = self._batch_normalize(query_NQ, simulated)
         query_NH2d = query_NQ.view(-1, num_heads, 2, key_dim)
         if self.query_norm is not None and self.query_shift is None:
-            query_NH2d = rms_normalize(query_NH2d, self.query_norm, dim=-1)
-        keys_H2Sd = self.keys if self.key_norm is None else rms_normalize(self.keys, self.key_norm, dim=3)
+            query_NH2d = rms_norm(query_NH2d, self.query_norm, NORM_EPSILON)
+        keys_H2Sd = self.keys if self.key_norm is None else rms_norm(self.keys, self.key_norm, NORM_EPSILON)
         scores_NH2S = torch.einsum("nhcd,hcsd->nhcs", query_NH2d, keys_H2Sd.to(query_NH2d.dtype))
         row_NHS1, col_NHS1 = scores_NH2S[:, :, 0, :, None], scores_NH2S[:, :, 1, :, None]
         # Additive scores: any m ≥ min(k, S) is exact.

@@ -9,21 +9,12 @@ from transformers import initialization as init
 
 from ultramem.layers.derived import Derived
 from ultramem.layers.plain import apply_linear
-from ultramem.ops import Search, coarse_candidates, contract_keys, contract_sides, fine_scores, key_search
+from ultramem.ops import Search, coarse_candidates, contract_keys, contract_sides, fine_scores, key_search, rms_norm
 from ultramem.ops.precision import accumulation_dtype, without_autocast
 
 NORM_EPSILON = 1e-5
 # Tokens of the simulation that sets the norm gains: the mean score's standard error is then well under one percent.
 _SIMULATED_TOKENS = 512
-
-
-def rms_normalize(x: Tensor, gain: Tensor, dim: int) -> Tensor:
-    """X / rms(x) along ``dim``, times a gain [size of dim]; computed and returned in fp32 (fp64 for fp64)."""
-    x = x.to(accumulation_dtype(x))
-    normed = x * torch.rsqrt(x.square().mean(dim, keepdim=True) + NORM_EPSILON)
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return normed * gain.to(x.dtype).view(shape)
 
 
 def is_loaded(tensor: Tensor) -> bool:
@@ -225,7 +216,7 @@ class TuckerRetrieval(Retrieval):
 
     @without_autocast
     def _search(self, query_N2Qd: Tensor, query_gain: Tensor, key_gain: Tensor) -> Retrieved:
-        query_N2Qd = rms_normalize(query_N2Qd, query_gain, dim=-1)
+        query_N2Qd = rms_norm(query_N2Qd, query_gain, NORM_EPSILON)
         keys, contracted = self._keys_to_search(key_gain, query_N2Qd.dtype)
         cores = self.cores.to(query_N2Qd.dtype)
         directions = (self.row_direction.to(query_N2Qd.dtype), self.col_direction.to(query_N2Qd.dtype))
@@ -264,7 +255,7 @@ class TuckerRetrieval(Retrieval):
 
     def _normalized_keys(self, gain: Tensor, dtype: torch.dtype) -> Tensor:
         # Each key of each rank contiguous: the fine scores read single ones.
-        return rms_normalize(self.keys.transpose(3, 4), gain, dim=-1).to(dtype).contiguous()
+        return rms_norm(self.keys.transpose(3, 4), gain, NORM_EPSILON).to(dtype).contiguous()
 
     def singular_values(self) -> Tensor:
         """Singular values [H, r] of Σ_c C_c in fp32, computed once for as long as the cores stand still."""

@@ -22,9 +22,22 @@ class RingWindow:
     size: int
     num_rows: int
 
-    def physical_rows(self, virtual_NK: Tensor) -> Tensor:
-        """Rows of the pool [N, K] int64 behind virtual indices: ((virtual mod size) + offset) mod num_rows."""
-        return (virtual_NK.long() % self.size + self.offset) % self.num_rows
+    def physical_rows(self, virtual_NK: Tensor, num_blocks: int) -> Tensor:
+        """Rows of the pool [N, K] int64 behind virtual indices: ((virtual mod size) + offset) mod num_rows.
+
+        Args:
+            virtual_NK: indices in [0, num_blocks · size).
+            num_blocks: E, virtual blocks over the window.
+        """
+        # Remainders are slow, and most windows need none.
+        rows_NK = virtual_NK.long()
+        if num_blocks > 1:
+            rows_NK = rows_NK % self.size
+        if self.offset:
+            rows_NK = rows_NK + self.offset
+        if self.offset + self.size > self.num_rows:
+            rows_NK = rows_NK % self.num_rows
+        return rows_NK
 
 
 def window_side(num_keys: int, num_memories: int, share_ratio: float | None) -> int:

@@ -215,7 +215,7 @@ class TuckerMemory(MemoryLayer):
 
     def virtual_slots(self, slots_NK: Tensor) -> Tensor:
         """The permutation of the grid's slots."""
-        return self.permutation[slots_NK].long()
+        return self.permutation.index_select(0, slots_NK.flatten()).view(slots_NK.shape).long()
 
     def pool_rows(
         self, pool: MemoryPool, virtual_NK: Tensor, rows_NK: Tensor, weights_NKC: Tensor, pre_inputs_NU: Tensor | None

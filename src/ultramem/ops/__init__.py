@@ -15,6 +15,7 @@ from ultramem.ops.product_topk import (
     product_topk_reference,
     search_recall,
 )
+from ultramem.ops.rms_norm import rms_norm, rms_norm_reference
 from ultramem.ops.row_gradients import RowContribution, RowGradients
 from ultramem.ops.scatter import scatter, scatter_reference
 
@@ -40,6 +41,8 @@ __all__ = [
     "product_topk",
     "product_topk_flops",
     "product_topk_reference",
+    "rms_norm",
+    "rms_norm_reference",
     "scatter",
     "scatter_reference",
     "search_recall",

@@ -19,6 +19,7 @@ TORCH_LIBRARY(ultramem_cpu, m) {
       &ultramem::sum_rows);
   m.def("keep_in_huge_pages", &ultramem::keep_in_huge_pages);
   m.def("rms_norm", &ultramem::rms_norm);
+  m.def("rms_norm_backward", &ultramem::rms_norm_backward);
   m.def("linear", &ultramem::linear);
   m.def("add_attention", &ultramem::add_attention);
   m.def("add_gated_ffn", &ultramem::add_gated_ffn);

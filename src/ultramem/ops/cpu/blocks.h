@@ -136,7 +136,8 @@ int shortlist(const float* values, int count, int top, bool smallest, int32_t* k
 }
 
 // Scores of one row key with every column key; those above `cut` are appended, all where it is NaN.
-int filter_pairs(const float* row, const float* cols, int stride, int rank, int num_cols, int32_t item, float cut,
+template <class Rank>
+int filter_pairs(const float* row, const float* cols, int stride, Rank rank, int num_cols, int32_t item, float cut,
                  int32_t* keys, int32_t* items, int count) {
   const __m512 cuts = _mm512_set1_ps(cut);
   for (int j = 0; j < num_cols; j += kBlock) {
@@ -249,7 +250,8 @@ int shortlist(const float* values, int count, int, bool smallest, int32_t* keys,
   return count;
 }
 
-int filter_pairs(const float* row, const float* cols, int stride, int rank, int num_cols, int32_t item, float cut,
+template <class Rank>
+int filter_pairs(const float* row, const float* cols, int stride, Rank rank, int num_cols, int32_t item, float cut,
                  int32_t* keys, int32_t* items, int count) {
   for (int j = 0; j < num_cols; ++j) {
     float score = row[0] * cols[j];

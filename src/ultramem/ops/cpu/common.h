@@ -9,7 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#if defined(__AVX2__)
+#include <type_traits>
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -51,6 +52,26 @@ inline float load_one(const at::BFloat16* from) { return static_cast<float>(*fro
 
 inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 
+// Store to an aligned address past the caches: a line that is overwritten as a whole is not read before. The thread calls
+// `finish_streams` before others may read it.
+inline void stream(float* to, Floats value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)value);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)value);
+#else
+  store(to, value);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 inline Floats broadcast(float value) { return Floats{} + value; }
 
 // Sum of the lanes, in a fixed order.
@@ -80,6 +101,17 @@ inline void for_tokens(int64_t num_tokens, int64_t elements_per_token, const Bod
   constexpr int64_t kElementsPerTask = 16384;
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_token));
   at::parallel_for(0, num_tokens, grain, body);
+}
+
+// Call `body` with a rank, as a constant where it is one in use: loops over it unroll.
+template <class Body>
+inline void with_rank(int64_t rank, const Body& body) {
+  switch (rank) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 4: return body(std::integral_constant<int, 4>());
+    default: return body(static_cast<int>(rank));
+  }
 }
 
 // Call `body` with a pointer of the type of the table's elements.

@@ -144,8 +144,8 @@ void multiply_experts(const float* x, const at::Tensor& weights, const ByExpert&
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double epsilon) {
-  const int64_t num_tokens = x.size(0), width = x.size(1);
-  const at::Tensor out = at::empty({num_tokens, width}, x.options());
+  const int64_t width = gain.size(0), num_tokens = width == 0 ? 0 : x.numel() / width;
+  const at::Tensor out = at::empty(x.sizes(), x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   with_float_type(gain, [&](auto* gains) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "common.h"
 
 namespace ultramem {
 namespace {
@@ -90,36 +91,23 @@ class GridSearch {
   }
 
   // Coarse scores of one side from all its fine ones [S, r].
-  const float* contract(const float* scores, const float* direction) {
-    switch (sizes_.rank) {  // ranks in use, unrolled
-      case 1: return contract_rank<1>(scores, direction);
-      case 2: return contract_rank<2>(scores, direction);
-      case 4: return contract_rank<4>(scores, direction);
-      default: return contract_rank<0>(scores, direction);
-    }
+  const float* contract(const float* __restrict scores, const float* __restrict direction) {
+    float* __restrict line = line_.data();
+    with_rank(sizes_.rank, [&](auto rank) {
+      for (int s = 0; s < sizes_.side; ++s) {
+        float sum = 0;
+        for (int p = 0; p < rank; ++p) sum += scores[s * rank + p] * direction[p];
+        line[s] = sum;
+      }
+    });
+    return line;
   }
 
   float* fine_scores(int side, int rank) { return fine[side].data() + rank * stride_; }
 
   // Select the best pairs of the candidates by the cores' sum [r, r]; `core` is null for additive scores.
   void search(const float* core) {
-    const int rank = sizes_.grid_rank();
-    float cut = std::numeric_limits<float>::quiet_NaN();
-    best_.count = 0;
-    for (int quadrant = 0, begin = 0; quadrant < sizes_.num_quadrants(); ++quadrant) {
-      const int size = sizes_.quadrant(quadrant);
-      for (int i = begin; i < begin + size; ++i) {
-        for (int p = 0; p < rank; ++p) {
-          mixed_[p] = core == nullptr ? fine_scores(0, p)[i] : 0;
-          for (int q = 0; core != nullptr && q < rank; ++q) mixed_[p] += fine_scores(0, q)[i] * core[q * rank + p];
-        }
-        best_.count = filter_pairs(mixed_.data(), fine_scores(1, 0) + begin, stride_, rank, size,
-                                   (i << 16) + begin, cut, best_.keys.data(), best_.items.data(),
-                                   best_.count);
-        if (best_.count > sizes_.top_k + 3 * stride_) cut = from_order_key(best_.prune(sizes_.top_k));
-      }
-      begin += size;
-    }
+    with_rank(sizes_.grid_rank(), [&](auto rank) { search_pairs(core, rank); });
     best_.prune(sizes_.top_k);
     sort();
   }
@@ -133,41 +121,55 @@ class GridSearch {
   // Write the selected slots, their scores per core [K, C] (cores [C] apart by `core_stride`) and, where asked for, the
   // fine scores of both their keys [K, 2, r].
   void write(const float* cores, int64_t core_stride, int64_t* slots, float* scores, float* fine_out) {
-    const int rank = sizes_.rank;
-    for (int k = 0; k < sizes_.top_k; ++k) {
-      const auto [i, j] = pair(k);
-      slots[k] = static_cast<int64_t>(candidates[0][i]) * sizes_.side + candidates[1][j];
-      if (sizes_.additive) scores[k] = fine_scores(0, 0)[i] + fine_scores(1, 1)[j];
-      for (int c = 0; !sizes_.additive && c < sizes_.num_cores; ++c) {
-        float total = 0;
-        for (int p = 0; p < rank; ++p) {
-          float sum = 0;
-          for (int q = 0; q < rank; ++q) sum += fine_scores(0, q)[i] * cores[c * core_stride + q * rank + p];
-          total += sum * fine_scores(1, p)[j];
-        }
-        scores[k * sizes_.num_cores + c] = total;
-      }
-      for (int p = 0; fine_out != nullptr && p < rank; ++p) {
-        fine_out[(2 * k) * rank + p] = fine_scores(0, p)[i];
-        fine_out[(2 * k + 1) * rank + p] = fine_scores(1, p)[j];
-      }
-    }
+    with_rank(sizes_.rank, [&](auto rank) { write_slots(cores, core_stride, slots, scores, fine_out, rank); });
   }
 
   std::vector<int32_t> candidates[2];
   std::vector<float> fine[2];
 
  private:
-  template <int kRank>
-  const float* contract_rank(const float* __restrict scores, const float* __restrict direction) {
-    const int rank = kRank ? kRank : sizes_.rank;
-    float* __restrict line = line_.data();
-    for (int s = 0; s < sizes_.side; ++s) {
-      float sum = 0;
-      for (int p = 0; p < rank; ++p) sum += scores[s * rank + p] * direction[p];
-      line[s] = sum;
+  template <class Rank>
+  void search_pairs(const float* core, Rank rank) {
+    const float *rows = fine_scores(0, 0), *cols = fine_scores(1, 0);
+    float cut = std::numeric_limits<float>::quiet_NaN();
+    best_.count = 0;
+    for (int quadrant = 0, begin = 0; quadrant < sizes_.num_quadrants(); ++quadrant) {
+      const int size = sizes_.quadrant(quadrant);
+      for (int i = begin; i < begin + size; ++i) {
+        for (int p = 0; p < rank; ++p) {
+          float sum = core == nullptr ? rows[p * stride_ + i] : 0;
+          for (int q = 0; core != nullptr && q < rank; ++q) sum += rows[q * stride_ + i] * core[q * rank + p];
+          mixed_[p] = sum;
+        }
+        best_.count = filter_pairs(mixed_.data(), cols + begin, stride_, rank, size, (i << 16) + begin, cut,
+                                   best_.keys.data(), best_.items.data(), best_.count);
+        if (best_.count > sizes_.top_k + 3 * stride_) cut = from_order_key(best_.prune(sizes_.top_k));
+      }
+      begin += size;
     }
-    return line;
+  }
+
+  template <class Rank>
+  void write_slots(const float* cores, int64_t core_stride, int64_t* slots, float* scores, float* fine_out, Rank rank) {
+    const float *rows = fine_scores(0, 0), *cols = fine_scores(1, 0);
+    for (int k = 0; k < sizes_.top_k; ++k) {
+      const auto [i, j] = pair(k);
+      slots[k] = static_cast<int64_t>(candidates[0][i]) * sizes_.side + candidates[1][j];
+      if (sizes_.additive) scores[k] = rows[i] + cols[stride_ + j];
+      for (int c = 0; !sizes_.additive && c < sizes_.num_cores; ++c) {
+        float total = 0;
+        for (int p = 0; p < rank; ++p) {
+          float sum = 0;
+          for (int q = 0; q < rank; ++q) sum += rows[q * stride_ + i] * cores[c * core_stride + q * rank + p];
+          total += sum * cols[p * stride_ + j];
+        }
+        scores[k * sizes_.num_cores + c] = total;
+      }
+      for (int p = 0; fine_out != nullptr && p < rank; ++p) {
+        fine_out[(2 * k) * rank + p] = rows[p * stride_ + i];
+        fine_out[(2 * k + 1) * rank + p] = cols[p * stride_ + j];
+      }
+    }
   }
 
   void sort() {

@@ -48,4 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> key_search_backward(const at::Ten
                                                                    const at::Tensor& query, const at::Tensor& keys,
                                                                    const at::Tensor& cores);
 
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                     const at::Tensor& gain, double epsilon);
+
 }  // namespace ultramem

@@ -4,13 +4,11 @@
 // of its entries, so that the bits do not depend on how many threads there are.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <cstring>
 #include <deque>
 #include <mutex>
 #include <utility>
@@ -27,6 +25,7 @@ struct Factors {
   at::Tensor w, x;
   Indices indices;
   int64_t num_cores, num_blocks, num_selected, width, first_entry;
+  const float *w_data, *x_data;
 
   Factors(const at::Tensor& idx, const at::Tensor& weights, const at::Tensor& vectors,
           const std::optional<at::Tensor>& block, int64_t blocks, int64_t first)
@@ -37,7 +36,9 @@ struct Factors {
         num_blocks(blocks),
         num_selected(idx.size(1)),
         width(vectors.size(1) / blocks),
-        first_entry(first) {}
+        first_entry(first),
+        w_data(w.const_data_ptr<float>()),
+        x_data(x.const_data_ptr<float>()) {}
 
   int64_t num_entries() const { return indices.idx.numel(); }
 };
@@ -97,15 +98,21 @@ Source source_of(const std::vector<Factors>& parts, int64_t entry) {
   if (part->indices.block.defined())
     part->indices.visit([&](auto*, auto* block) { block_index = static_cast<int64_t>(block[local]); });
   const int64_t token = local / part->num_selected;
-  return {part->w.const_data_ptr<float>() + local * part->num_cores,
-          part->x.const_data_ptr<float>() + (token * part->num_blocks + block_index) * part->width, part->num_cores};
+  return {part->w_data + local * part->num_cores,
+          part->x_data + (token * part->num_blocks + block_index) * part->width, part->num_cores};
 }
 
 // Sum the entries keys[first, last) of one row into `out`.
-void sum_entries(const std::vector<Factors>& parts, const Key* keys, int64_t first, int64_t last, float* out,
-                 int64_t width) {
+void sum_entries(const std::vector<Factors>& parts, const std::vector<Key>& keys, int64_t first, int64_t last,
+                 float* out, int64_t width) {
+  constexpr size_t kEntriesAhead = 4;
   std::fill_n(out, width, 0.0f);
   for (int64_t i = first; i < last; ++i) {
+    if (i + kEntriesAhead < keys.size()) {
+      const Source next = source_of(parts, entry_of(keys[i + kEntriesAhead]));
+      __builtin_prefetch(next.w);
+      prefetch(next.x, width * static_cast<int64_t>(sizeof(float)));
+    }
     const Source source = source_of(parts, entry_of(keys[i]));
     const int64_t slice = width / source.num_cores;
     for (int64_t core = 0; core < source.num_cores; ++core) {
@@ -117,21 +124,26 @@ void sum_entries(const std::vector<Factors>& parts, const Key* keys, int64_t fir
 
 // Positions in the sorted keys at which a new row starts, and the end.
 std::vector<int64_t> row_starts(const std::vector<Key>& keys) {
-  std::vector<int64_t> starts;
-  for (size_t i = 0; i < keys.size(); ++i)
-    if (i == 0 || row_of(keys[i]) != row_of(keys[i - 1])) starts.push_back(static_cast<int64_t>(i));
-  starts.push_back(static_cast<int64_t>(keys.size()));
+  // Without branches: whether a row is new is hard to foretell.
+  std::vector<int64_t> starts(keys.size() + 1);
+  int64_t count = 0;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    starts[count] = static_cast<int64_t>(i);
+    count += i == 0 || row_of(keys[i]) != row_of(keys[i - 1]);
+  }
+  starts[count] = static_cast<int64_t>(keys.size());
+  starts.resize(count + 1);
   return starts;
 }
 
-// Call `write(group)` for each distinct row; threads get about equal numbers of entries.
+// Call `write(first, last)` on groups of entries of one row each; threads get about equal numbers of entries.
 template <class Write>
 void for_rows(const std::vector<int64_t>& starts, int64_t width, const Write& write) {
   const int64_t num_entries = starts.back();
   for_tokens(num_entries, width, [&](int64_t lower, int64_t upper) {
     const auto first = std::lower_bound(starts.begin(), starts.end(), lower) - starts.begin();
     const auto last = std::lower_bound(starts.begin(), starts.end(), upper) - starts.begin();
-    for (auto group = first; group < last; ++group) write(group);
+    write(first, last);
   });
 }
 
@@ -147,24 +159,19 @@ class GradientMemory {
     return *memory;
   }
 
-  // Zeros, in whole huge pages.
+  // Whatever was in it, in whole huge pages.
   float* take(size_t num_bytes) {
-    void* found = nullptr;
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       const auto fitting =
           std::find_if(kept_.begin(), kept_.end(), [=](const auto& entry) { return entry.second == num_bytes; });
       if (fitting != kept_.end()) {
-        found = fitting->first;
+        void* found = fitting->first;
         kept_.erase(fitting);
+        return static_cast<float*>(found);
       }
     }
-    if (found == nullptr) return static_cast<float*>(map(num_bytes));
-    char* data = static_cast<char*>(found);
-    at::parallel_for(0, static_cast<int64_t>(num_bytes / kHugePageBytes), 1, [=](int64_t lower, int64_t upper) {
-      std::memset(data + lower * kHugePageBytes, 0, (upper - lower) * kHugePageBytes);
-    });
-    return static_cast<float*>(found);
+    return static_cast<float*>(map(num_bytes));
   }
 
   void give_back(void* data, size_t num_bytes) {
@@ -206,20 +213,87 @@ class GradientMemory {
 };
 #endif
 
-at::Tensor zero_rows(int64_t num_rows, int64_t width) {
+// Rows [num_rows, width] to be written, in memory for `most_rows` of them, and how they are written: gradients of large
+// tables past the caches.
+struct Output {
+  Output(int64_t num_rows, int64_t width, int64_t most_rows) : width(width) {
 #ifdef __linux__
-  constexpr size_t kPage = GradientMemory::kHugePageBytes;
-  const size_t num_bytes = static_cast<size_t>(num_rows) * static_cast<size_t>(width) * sizeof(float);
-  if (num_bytes >= 4 * kPage) {
-    const size_t whole_bytes = (num_bytes + kPage - 1) / kPage * kPage;
-    float* data = GradientMemory::shared().take(whole_bytes);
-    return at::from_blob(
-        data, {num_rows, width}, [whole_bytes](void* freed) { GradientMemory::shared().give_back(freed, whole_bytes); },
-        at::TensorOptions().dtype(at::kFloat));
-  }
+    constexpr size_t kPage = GradientMemory::kHugePageBytes;
+    const size_t num_bytes = static_cast<size_t>(most_rows) * static_cast<size_t>(width) * sizeof(float);
+    if (num_bytes >= 4 * kPage) {
+      const size_t whole_bytes = (num_bytes + kPage - 1) / kPage * kPage;
+      data = GradientMemory::shared().take(whole_bytes);
+      rows = at::from_blob(
+          data, {num_rows, width},
+          [whole_bytes](void* freed) { GradientMemory::shared().give_back(freed, whole_bytes); },
+          at::TensorOptions().dtype(at::kFloat));
+      streamed = true;
+      return;
+    }
 #endif
-  return at::zeros({num_rows, width}, at::TensorOptions().dtype(at::kFloat));
-}
+    rows = at::empty({num_rows, width}, at::TensorOptions().dtype(at::kFloat));
+    data = rows.mutable_data_ptr<float>();
+  }
+
+  void zero(int64_t first_row, int64_t last_row) const {
+    float *to = data + first_row * width, *end = data + last_row * width;
+    if (!streamed) {
+      std::fill(to, end, 0.0f);
+      return;
+    }
+    for (; to < end && !starts_vector(to); ++to) *to = 0.0f;
+    for (; to + kLanes <= end; to += kLanes) stream(to, Floats{});
+    std::fill(to, end, 0.0f);
+  }
+
+  void write(int64_t row, const float* from) const {
+    float *to = data + row * width, *end = to + width;
+    if (streamed && starts_vector(to))
+      for (; to + kLanes <= end; to += kLanes, from += kLanes) stream(to, load(from));
+    std::copy_n(from, end - to, to);
+  }
+
+  static bool starts_vector(const float* to) { return reinterpret_cast<uintptr_t>(to) % sizeof(Floats) == 0; }
+
+  at::Tensor rows;
+  float* data;
+  int64_t width;
+  bool streamed = false;
+};
+
+// A table's rows with their entries, dealt out to threads by what they cost: a write for each row, and a sum for each
+// entry, which takes about as long as two.
+class Shares {
+ public:
+  Shares(const std::vector<Key>& keys, const std::vector<int64_t>& starts, int64_t num_rows)
+      : keys_(keys), starts_(starts), num_rows_(num_rows) {}
+
+  struct Bound {
+    int64_t row, group;
+  };
+
+  int64_t total() const { return num_rows_ + kRowsPerEntry * starts_.back(); }
+
+  // The first row, and the first group of entries at or behind it, that come after so much work.
+  Bound bound(int64_t work) const {
+    int64_t low = 0, high = static_cast<int64_t>(starts_.size()) - 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (row(middle) + kRowsPerEntry * starts_[middle] < work) low = middle + 1;
+      else high = middle;
+    }
+    const int64_t after = low == 0 ? 0 : row(low - 1) + 1;
+    return {std::max(after, work - kRowsPerEntry * starts_[low]), low};
+  }
+
+  int64_t row(int64_t group) const { return row_of(keys_[starts_[group]]); }
+
+ private:
+  static constexpr int64_t kRowsPerEntry = 2;
+  const std::vector<Key>& keys_;
+  const std::vector<int64_t>& starts_;
+  int64_t num_rows_;
+};
 
 }  // namespace
 
@@ -229,13 +303,24 @@ at::Tensor scatter(const at::Tensor& idx, const at::Tensor& w, const at::Tensor&
   parts.emplace_back(idx, w, x, block, num_blocks, 0);
   const int64_t width = parts[0].width;
   const std::vector<Key> keys = sorted_keys(parts, num_rows);
-  const at::Tensor out = zero_rows(num_rows, width);
-  float* data = out.mutable_data_ptr<float>();
   const std::vector<int64_t> starts = row_starts(keys);
-  for_rows(starts, width, [&](int64_t group) {
-    sum_entries(parts, keys.data(), starts[group], starts[group + 1], data + row_of(keys[starts[group]]) * width, width);
+  const Output out(num_rows, width, num_rows);
+  const Shares shares(keys, starts, num_rows);
+  // Each row is written once: the sum of its entries, or zeros.
+  for_tokens(shares.total(), width, [&](int64_t lower, int64_t upper) {
+    const auto first = shares.bound(lower), last = shares.bound(upper);
+    std::vector<float> sum(width);
+    int64_t row = first.row;
+    for (int64_t group = first.group; group < last.group; ++group) {
+      out.zero(row, shares.row(group));
+      row = shares.row(group);
+      sum_entries(parts, keys, starts[group], starts[group + 1], sum.data(), width);
+      out.write(row++, sum.data());
+    }
+    out.zero(row, last.row);
+    finish_streams();
   });
-  return out;
+  return out.rows;
 }
 
 std::tuple<at::Tensor, at::Tensor> sum_rows(const std::vector<at::Tensor>& idx, const std::vector<at::Tensor>& w,
@@ -253,14 +338,19 @@ std::tuple<at::Tensor, at::Tensor> sum_rows(const std::vector<at::Tensor>& idx, 
   const std::vector<int64_t> starts = row_starts(keys);
   const int64_t num_distinct = static_cast<int64_t>(starts.size()) - 1;
   const at::Tensor rows = at::empty({num_distinct}, at::TensorOptions().dtype(at::kLong));
-  const at::Tensor out = at::empty({num_distinct, width}, at::TensorOptions().dtype(at::kFloat));
+  // As many bytes in every step, whatever is distinct: what the step before has freed fits.
+  const Output out(num_distinct, width, static_cast<int64_t>(keys.size()));
   int64_t* row_data = rows.mutable_data_ptr<int64_t>();
-  float* data = out.mutable_data_ptr<float>();
-  for_rows(starts, width, [&](int64_t group) {
-    row_data[group] = row_of(keys[starts[group]]);
-    sum_entries(parts, keys.data(), starts[group], starts[group + 1], data + group * width, width);
+  for_rows(starts, width, [&](int64_t first, int64_t last) {
+    std::vector<float> sum(width);
+    for (int64_t group = first; group < last; ++group) {
+      row_data[group] = row_of(keys[starts[group]]);
+      sum_entries(parts, keys, starts[group], starts[group + 1], sum.data(), width);
+      out.write(group, sum.data());
+    }
+    finish_streams();
   });
-  return {rows, out};
+  return {rows, out.rows};
 }
 
 }  // namespace ultramem

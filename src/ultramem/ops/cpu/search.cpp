@@ -17,7 +17,9 @@ using at::Tensor;
 
 // Tokens whose coarse scores are made at a time: they stay in the L2 cache. Fixed, so that results do not depend on the
 // number of threads.
-constexpr int64_t kTokensPerBlock = 64;
+constexpr int64_t kTokensPerBlock = 128;
+// Up to so many tokens the threads share the keys instead.
+constexpr int64_t kFewTokens = 64;
 
 void check_size(int64_t coarse_top_k) {
   TORCH_CHECK_VALUE(coarse_top_k <= kMostCandidates, "the CPU search takes coarse_top_k up to ", kMostCandidates, ", got ",
@@ -126,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> key_search(const Tensor& query, const Tensor&
                    scores_out + n * top_k * num_cores, fine_out + n * top_k * 2 * rank);
     }
   };
-  if (num_tokens <= kTokensPerBlock) {
+  if (num_tokens <= kFewTokens) {
     const int64_t num_keys = num_heads * side;
     Scratch coarse(2 * num_tokens * num_keys);
     score_keys(query, contracted, coarse.data());

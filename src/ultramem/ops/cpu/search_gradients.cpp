@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "rows.h"
 
 namespace ultramem {
 namespace {
@@ -21,7 +22,8 @@ constexpr int64_t kTokensPerSum = 64;
 struct KeyGradients {
   KeyGradients(int64_t side, int64_t top_k, int64_t rank) : place(side, -1), rows(top_k), values(top_k * rank) {}
 
-  void add(int32_t row, const float* gradient, int64_t rank) {
+  template <class Rank>
+  void add(int32_t row, const float* gradient, Rank rank) {
     if (place[row] < 0) {
       place[row] = count;
       rows[count] = row;
@@ -29,7 +31,7 @@ struct KeyGradients {
       ++count;
     }
     float* sum = values.data() + place[row] * rank;
-    for (int64_t p = 0; p < rank; ++p) sum[p] += gradient[p];
+    for (int p = 0; p < rank; ++p) sum[p] += gradient[p];
   }
 
   void clear() {
@@ -42,8 +44,11 @@ struct KeyGradients {
   int32_t count = 0;
 };
 
-void add_scaled(float* __restrict out, const float* __restrict x, float scale, int64_t width) {
-  for (int64_t d = 0; d < width; ++d) out[d] += scale * x[d];
+// out += Σ_j weights[j · stride] · rows[j], for up to kRowsAtOnce rows.
+void add_few_rows(float* out, const float* const* rows, int64_t count, const float* weights, int64_t stride,
+                  int64_t width) {
+  if (count == kRowsAtOnce) return add_rows<kRowsAtOnce>(out, rows, weights, stride, width);
+  for (int64_t j = 0; j < count; ++j) add_rows<1>(out, rows + j, weights + j * stride, stride, width);
 }
 
 }  // namespace
@@ -75,42 +80,46 @@ std::tuple<Tensor, Tensor, Tensor> key_search_backward(const Tensor& grad_scores
     for (int64_t n = begin * kTokensPerSum; n < std::min(end * kTokensPerSum, num_tokens); ++n) {
       float* core_sum = sums_out + n / kTokensPerSum * num_cores * core_size;
       for (int64_t head = 0; head < num_heads; ++head) {
-        for (int64_t k = 0; k < top_k; ++k) {
-          const int64_t slot = (n * num_heads + head) * top_k + k;
-          const float *row = fine_data + slot * 2 * rank, *col = row + rank;
-          std::fill(weighted.begin(), weighted.end(), 0.0f);
-          for (int64_t c = 0; c < num_cores; ++c) {
-            const float g = grad[slot * num_cores + c];
-            const int64_t at = (c * num_heads + head) * rank * rank;
-            for (int64_t p = 0; p < rank; ++p) {
-              for (int64_t q = 0; q < rank; ++q) {
-                weighted[p * rank + q] += g * core_data[at + p * rank + q];
-                core_sum[at + p * rank + q] += g * row[p] * col[q];
+        with_rank(rank, [&](auto rank) {
+          for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t slot = (n * num_heads + head) * top_k + k;
+            const float *row = fine_data + slot * 2 * rank, *col = row + rank;
+            std::fill(weighted.begin(), weighted.end(), 0.0f);
+            for (int64_t c = 0; c < num_cores; ++c) {
+              const float g = grad[slot * num_cores + c];
+              const int64_t at = (c * num_heads + head) * rank * rank;
+              for (int p = 0; p < rank; ++p) {
+                for (int q = 0; q < rank; ++q) {
+                  weighted[p * rank + q] += g * core_data[at + p * rank + q];
+                  core_sum[at + p * rank + q] += g * row[p] * col[q];
+                }
               }
             }
-          }
-          std::fill(right.begin(), right.end(), 0.0f);
-          for (int64_t p = 0; p < rank; ++p) {
-            left[p] = 0;
-            for (int64_t q = 0; q < rank; ++q) {
-              left[p] += weighted[p * rank + q] * col[q];
-              right[q] += weighted[p * rank + q] * row[p];
+            for (int p = 0; p < rank; ++p) {
+              left[p] = right[p] = 0;
+              for (int q = 0; q < rank; ++q) {
+                left[p] += weighted[p * rank + q] * col[q];
+                right[p] += weighted[q * rank + p] * row[q];
+              }
             }
+            gradients[0].add(static_cast<int32_t>(slot_data[slot] / side), left.data(), rank);
+            gradients[1].add(static_cast<int32_t>(slot_data[slot] % side), right.data(), rank);
           }
-          gradients[0].add(static_cast<int32_t>(slot_data[slot] / side), left.data(), rank);
-          gradients[1].add(static_cast<int32_t>(slot_data[slot] % side), right.data(), rank);
-        }
+        });
         for (int64_t s : {0, 1}) {
           KeyGradients& of_side = gradients[s];
           const int64_t at = (head * 2 + s) * num_tokens + n;
           counts_out[at] = of_side.count;
           std::copy_n(of_side.rows.data(), of_side.count, rows_out + at * top_k);
           std::copy_n(of_side.values.data(), of_side.count * rank, values_out + at * top_k * rank);
-          for (int32_t i = 0; i < of_side.count; ++i) {
-            const float* key = key_data + ((head * 2 + s) * side + of_side.rows[i]) * rank * width;
+          for (int32_t i = 0; i < of_side.count; i += kRowsAtOnce) {
+            const int64_t together = std::min<int64_t>(kRowsAtOnce, of_side.count - i);
             for (int64_t p = 0; p < rank; ++p) {
+              const float* rows_of_rank[kRowsAtOnce];
+              for (int64_t j = 0; j < together; ++j)
+                rows_of_rank[j] = key_data + (((head * 2 + s) * side + of_side.rows[i + j]) * rank + p) * width;
               float* out = grad_query_out + ((n * 2 + s) * num_queries + (num_queries == 1 ? 0 : p)) * width;
-              add_scaled(out, key + p * width, of_side.values[i * rank + p], width);
+              add_few_rows(out, rows_of_rank, together, of_side.values.data() + i * rank + p, rank, width);
             }
           }
           of_side.clear();
@@ -145,12 +154,19 @@ std::tuple<Tensor, Tensor, Tensor> key_search_backward(const Tensor& grad_scores
       const int64_t s = key / side, row = key % side;
       float* out = grad_keys_out + key * rank * width;
       std::fill_n(out, rank * width, 0.0f);
-      for (int64_t i = starts_out[s * (side + 1) + row]; i < starts_out[s * (side + 1) + row + 1]; ++i) {
-        const int64_t entry = order_out[s * num_tokens * top_k + i], n = entry / top_k;
-        const float* value = values_out + (s * num_tokens * top_k + entry) * rank;
+      const int64_t last = starts_out[s * (side + 1) + row + 1];
+      for (int64_t i = starts_out[s * (side + 1) + row]; i < last; i += kRowsAtOnce) {
+        const int64_t together = std::min<int64_t>(kRowsAtOnce, last - i);
+        const int64_t* entries = order_out + s * num_tokens * top_k + i;
         for (int64_t p = 0; p < rank; ++p) {
-          const float* x = query_data + ((n * 2 + s % 2) * num_queries + (num_queries == 1 ? 0 : p)) * width;
-          add_scaled(out + p * width, x, value[p], width);
+          const float* queries[kRowsAtOnce];
+          float weights[kRowsAtOnce];
+          for (int64_t j = 0; j < together; ++j) {
+            const int64_t n = entries[j] / top_k;
+            queries[j] = query_data + ((n * 2 + s % 2) * num_queries + (num_queries == 1 ? 0 : p)) * width;
+            weights[j] = values_out[(s * num_tokens * top_k + entries[j]) * rank + p];
+          }
+          add_few_rows(out + p * width, queries, together, weights, 1, width);
         }
       }
     }
