@@ -44,6 +44,9 @@ def numbers(layer, pool, x):
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_layers_compute_what_they_compute_on_the_cpu(changes):
     layer, pool = memory_layer(dtype=torch.float32, **changes)
+    if getattr(layer.config, "query_norm", None) == "batch":
+        # In training it takes the query's bias out again, whose gradient is then nothing but rounding.
+        layer.eval()
     x = tokens(40, dtype=torch.float32)
     there = numbers(copy.deepcopy(layer).to(DEVICE), copy.deepcopy(pool).to(DEVICE), x.to(DEVICE))
     for name, expected in numbers(layer, pool, x).items():
