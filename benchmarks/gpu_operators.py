@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ultramem import ops
+from ultramem.files import staged_file
 from ultramem.ops import triton as triton_backend
 
 # Longer than the host takes to start any of these: the device then does one kernel after the other, as in training.
@@ -208,8 +209,8 @@ def table_runs(operands: dict, num_rows: int) -> dict[str, tuple[Run, int]]:
     return runs
 
 
-def measure(sizes: Sizes, dtype: torch.dtype, num_runs: int, device: torch.device) -> Iterator[Measurement]:
-    """Measure the copy, then every operator at every size, each in turns with a copy of its own."""
+def measure(sizes: Sizes, dtype: torch.dtype, num_runs: int, device: torch.device) -> Iterator[list[Measurement]]:
+    """Measure the operators of one size after the other, in turns with a copy, which is among what is returned."""
     flush = torch.empty(sizes.flush_bytes, dtype=torch.uint8)
     source = torch.zeros(sizes.copy_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -223,8 +224,7 @@ def measure(sizes: Sizes, dtype: torch.dtype, num_runs: int, device: torch.devic
             runs = copy | table_runs(operands, sizes.num_rows)
             times_s = alternating_times_s({key: run for key, (run, _) in runs.items()}, num_runs, device, flush)
             where = {"tokens": num_tokens, "top_k": top_k, "width": width, "rows": sizes.num_rows}
-            for key, (_, bytes_moved) in runs.items():
-                yield Measurement(key, where, name, bytes_moved, times_s[key])
+            yield [Measurement(key, where, name, bytes_moved, times_s[key]) for key, (_, bytes_moved) in runs.items()]
     num_tokens = sizes.tokens[0]
     for side, top_k, coarse_top_k in sizes.searches:
         scores = search_operands(num_tokens, 1, side, 2, 2)
@@ -240,38 +240,44 @@ def measure(sizes: Sizes, dtype: torch.dtype, num_runs: int, device: torch.devic
         }
         times_s = alternating_times_s(searches, num_runs, device, flush)
         where = {"tokens": num_tokens, "side": side, "top_k": top_k, "coarse_top_k": coarse_top_k}
-        for key, seconds in times_s.items():
-            yield Measurement(key, where, "float32", copy[key][1] if key == "copy" else bytes_moved, seconds)
+        yield [
+            Measurement(key, where, "float32", copy[key][1] if key == "copy" else bytes_moved, seconds)
+            for key, seconds in times_s.items()
+        ]
 
 
-def report(measurements: list[Measurement], header: dict[str, object]) -> dict[str, object]:
-    """Print the table; returns it for JSON."""
-    copy_bytes_per_s = statistics.median(m.bytes_per_s for m in measurements if m.operator == "copy")
+def print_heading(header: dict[str, object]) -> None:
+    """Print the device and the names of the columns."""
     print(", ".join(f"{key}: {value}" for key, value in header.items()))
-    print(f"copy: {copy_bytes_per_s / 1e9:.0f} GB/s read and written, in the same run")
+    print("of copy: bytes per second over those of a device-to-device copy (read and written) in turns with it")
+    print("peer: how many times faster than embedding_bag (bag) or the reference (scatter, product_topk)")
     print(f"{'operator':26}{'sizes':52}{'median':>11}{'fastest–slowest':>20}{'GB/s':>8}{'of copy':>9}{'peer':>8}")
+
+
+def report(group: list[Measurement]) -> list[dict[str, object]]:
+    """Print the lines of one size; returns them for JSON."""
+    (copy,) = (m for m in group if m.operator == "copy")
     rows: list[dict[str, object]] = []
-    for m in measurements:
-        if m.operator == "copy":
+    for m in group:
+        if m is copy:
             continue
         peer_name = {"bag": "embedding_bag", "product_topk": "product_topk, reference"}.get(m.operator)
         if m.operator.startswith("scatter") and "reference" not in m.operator:
             peer_name = "scatter, reference"
-        peers = [p for p in measurements if p.operator == peer_name and p.sizes == m.sizes]
+        peers = [p for p in group if p.operator == peer_name]
         ratio = peers[0].median_s / m.median_s if peers else None
-        share = m.bytes_per_s / copy_bytes_per_s
+        share = m.bytes_per_s / copy.bytes_per_s
         sizes = " ".join(f"{key}={value}" for key, value in m.sizes.items()) + f" {m.dtype}"
         spread = f"{1e3 * min(m.times_s):.3f}–{1e3 * max(m.times_s):.3f}"
         times = f"{1e3 * m.median_s:.3f} ms"
         print(
             f"{m.operator:26}{sizes:52}{times:>11}{spread:>20}{m.bytes_per_s / 1e9:8.0f}{share:9.0%}"
-            + (f"{ratio:7.2f}×" if ratio else f"{'–':>8}")
+            + (f"{ratio:7.2f}×" if ratio else f"{'–':>8}"),
+            flush=True,
         )
-        rows.append(
-            asdict(m) | {"median_s": m.median_s, "bytes_per_s": m.bytes_per_s, "of_copy": share, "peer_ratio": ratio}
-        )
-    print("peer: how many times faster than embedding_bag (bag) or the reference (scatter, product_topk)")
-    return {**header, "copy_bytes_per_s": copy_bytes_per_s, "measurements": rows}
+        derived = {"copy_bytes_per_s": copy.bytes_per_s, "of_copy": share, "peer_ratio": ratio}
+        rows.append(asdict(m) | {"median_s": m.median_s, "bytes_per_s": m.bytes_per_s} | derived)
+    return rows
 
 
 def main() -> int:
@@ -311,10 +317,14 @@ def main() -> int:
         "triton": triton.__version__,
         "runs": given.runs,
     }
-    sizes = TINY if given.tiny else Sizes()
-    figures = report(list(measure(sizes, getattr(torch, given.dtype), given.runs, device)), header)
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print_heading(header)
+    rows: list[dict[str, object]] = []
+    for group in measure(TINY if given.tiny else Sizes(), getattr(torch, given.dtype), given.runs, device):
+        rows += report(group)
+        if given.json is not None:
+            # What was measured stays, whatever comes after.
+            with staged_file(given.json) as stage:
+                stage.write_text(json.dumps({**header, "measurements": rows}, indent=1) + "\n")
     return 0
 
 

@@ -58,12 +58,12 @@ def test_tiny_sizes_run_through_the_interpreter(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     compared = re.search(r"parity: (\d+) of (\d+) comparisons with the references agree", result.stdout)
-    assert compared[1] == compared[2] == "9"
+    assert compared[1] == compared[2] == "7"
     figures = json.loads(path.read_text())
     assert figures["torch"] == torch.__version__
     rows = {row["operator"]: row for row in figures["measurements"]}
     assert rows.keys() == {
-        "gather_dot", "bag", "bag, 2 cores", "embedding_bag", "scatter to rows, sorted", "scatter, atomic",
+        "gather_dot", "bag", "bag, 2 cores", "embedding_bag", "scatter to rows", "scatter",
         "scatter, reference", "product_topk", "product_topk, reference",
     }  # fmt: skip
     # 6 slots of one row of 8 bf16 each, their indices and weights, and 3 tokens of 8 bf16.
@@ -72,4 +72,4 @@ def test_tiny_sizes_run_through_the_interpreter(tmp_path):
     for name, row in rows.items():
         assert name in result.stdout
         assert len(row["times_s"]) == 1
-        assert row["of_copy"] == row["bytes_per_s"] / figures["copy_bytes_per_s"]
+        assert row["of_copy"] == row["bytes_per_s"] / row["copy_bytes_per_s"]
