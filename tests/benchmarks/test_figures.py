@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 from PIL import Image
 
 from ultramem.benchmarks import figures
@@ -49,6 +50,13 @@ def test_plans_mirror_the_papers():
         ConfigError, match=r"'figure9' is none of the figures that can be reproduced: figure1, figure6c"
     ):
         make_plan("figure9")
+
+
+def test_an_accelerator_measures_the_published_sizes():
+    plan = make_plan("figure1", device=torch.device("cuda:1"))
+    assert (plan.sizes, plan.device) == ((Size("1b"),), "cuda:1")
+    quick, here = make_plan("figure1", quick=True, device=torch.device("cuda")), make_plan("figure1", quick=True)
+    assert quick.sizes == here.sizes
 
 
 def test_points_are_measured_written_and_drawn(tmp_path):

@@ -16,6 +16,7 @@ from ultramem.benchmarks.measure import (
     peak_read_bandwidth,
     use_threads,
 )
+from ultramem.benchmarks.report import device_text
 
 
 def test_competitors_alternate_and_warm_up():
@@ -84,6 +85,21 @@ def test_huge_page_tensors_are_ones_and_writable():
     narrow = huge_page_tensor(30, 7, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
     assert float(narrow.float().sum()) == 210
+
+
+def test_an_accelerator_is_described_and_waited_for(monkeypatch):
+    device, waited = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append("wait"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert measure.available_bytes(device) == 570
+    text = device_text(describe_device(device), 3e12, 7)
+    assert text.startswith("a card, decode steps as CUDA graphs; host: ")
+    assert "peak read bandwidth 3000.0 GB/s" in text
+    alternate({"one": Competitor(lambda: lambda: waited.append("run"))}, 1, num_warmups=0, device=device)
+    assert waited == ["run", "wait", "run", "wait"]
 
 
 def test_bandwidth_is_that_of_the_fastest_reader(monkeypatch):

@@ -72,7 +72,7 @@ def test_other_sizes_are_measured_but_not_judged():
     found = verdicts("layer", case("forward", {OURS: 1.0, REFERENCE: 7.0}, at_target_sizes=False))
     verdict = found["forward", OURS, REFERENCE]
     assert (verdict.ratio, verdict.met) == (7.0, None)
-    assert verdict.word == "not judged: other sizes than the target's"
+    assert verdict.word == "not judged: other sizes or another device than the target's"
     assert verdict.to_dict()["met"] is None
 
 

@@ -15,7 +15,9 @@ def test_members_of_a_family_cost_and_hold_the_same(family):
     assert dense.active_parameters == dense.total_parameters
     for name in (V2, MOE):
         assert costs[name].flops_per_token == pytest.approx(dense.flops_per_token, rel=0.02)
-    assert costs[V2].total_parameters == pytest.approx(costs[MOE].total_parameters, rel=0.01)
+    # The published sizes of the largest do not add up (docs/presets.md).
+    tolerance = 0.08 if family == "1b" else 0.01
+    assert costs[V2].total_parameters == pytest.approx(costs[MOE].total_parameters, rel=tolerance)
 
 
 def test_the_models_of_the_targets():

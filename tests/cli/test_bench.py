@@ -71,7 +71,7 @@ def measured():
     """Made-up cases in place of measurements; returns the sizes and runs that were asked for."""
     asked = []
 
-    def stand_in(sizes, num_runs, *others):
+    def stand_in(sizes, num_runs, *others, **_):
         asked.append((sizes, num_runs, torch.get_num_threads()))
         others[-1]("what runs")
         facts = {"models": [asdict(ModelCost("a model", 1000, 2000, 3000))]}
@@ -128,6 +128,10 @@ def test_a_benchmark_prints_a_table_and_writes_json(name, invoke, tmp_path, meas
         (
             ("bench", "decode", "--batch-sizes", "1,x"),
             "--batch-sizes takes comma-separated numbers, each at least 1, for example 1,16; got '1,x'.",
+        ),
+        (
+            ("bench", "decode", "--device", "mars"),
+            "device 'mars' cannot be used here (",
         ),
         (
             ("bench", "decode", "--family", "huge"),

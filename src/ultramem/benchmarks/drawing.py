@@ -90,7 +90,9 @@ def _heading(size: str, points: list[Point], with_batch: bool) -> str:
     parameters = f"{_millions(total[DENSE])} parameters dense"
     if with_batch:
         return f"{size}: {parameters}; batch {points[0]['batch_size']}, KV length {length:,}"
-    return f"{size}: {parameters}, {_millions(total[V2])} UltraMemV2 and MoE; KV length {length:,}"
+    sparse = [_millions(total[name]) for name in (V2, MOE)]
+    words = f"{sparse[0]} UltraMemV2 and MoE" if len(set(sparse)) == 1 else f"{sparse[0]} UltraMemV2, {sparse[1]} MoE"
+    return f"{size}: {parameters}, {words}; KV length {length:,}"
 
 
 def _millions(count: int) -> str:

@@ -24,7 +24,7 @@ Runs = Annotated[int, typer.Option("--runs", help="Runs of each competitor that 
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads; default: PyTorch's.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1 …; default: an accelerator if present. Targets are the CPU's."),
+    typer.Option("--device", help="cpu, cuda, cuda:1 …; default: an accelerator if present. Targets are for CPUs."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all numbers here as well.")]
 UseCompile = Annotated[
@@ -102,7 +102,8 @@ def bench_decode(
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Sequences, comma-separated.")] = "1,4,16,64,256",
     kv_length: Annotated[int, typer.Option("--kv-length", help="Tokens in the KV cache of each sequence.")] = 128,
     family: Annotated[
-        str, typer.Option("--family", help="Presets that are compared: tiny, small or base (docs/presets.md).")
+        str,
+        typer.Option("--family", help="Presets that are compared: tiny, small, base, 227m or 1b (docs/presets.md)."),
     ] = "base",
     layers: Annotated[int, typer.Option("--layers", help="Blocks of the models; 0 for the family's own.")] = 8,
     runs: Runs = 9,
@@ -123,7 +124,7 @@ def bench_decode(
         kv_length_tokens=positive("--kv-length", kv_length),
     )
     where = choose_device(device)
-    _run("decode", lambda runs, tick: run_decoding(sizes, runs, tick, where), runs, threads, json_file, where)
+    _run("decode", lambda runs, tick: run_decoding(sizes, runs, tick, device=where), runs, threads, json_file, where)
 
 
 @bench_app.command("train")
