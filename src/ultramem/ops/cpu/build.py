@@ -44,7 +44,7 @@ def why_unavailable() -> str | None:
 
 
 def direct_calls() -> ModuleType | None:
-    """The kernels that Python may call past PyTorch's dispatcher (``direct.cpp``); None where none are loaded."""
+    """The kernels that Python may call past PyTorch's dispatcher (``bindings.cpp``); None where none are loaded."""
     return _loaded[0] if _loaded else None
 
 

@@ -1,8 +1,9 @@
 // The two-stage search of a product-key grid, from all fine scores or from queries and keys.
 //
 // Every score is computed by one thread in one order: the result does not depend on their number.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 
 #include <tuple>
 
