@@ -57,17 +57,30 @@ struct History {
   int64_t num_tokens, width;
 };
 
+// How far ahead keys and values are asked for: the processor's own prefetching stops at every page.
+constexpr int64_t kBytesAhead = 4096;
+
 // Softmax-weighted values; `scores` has room for the tokens, rounded up to whole vectors.
 template <class T>
 void attend(const float* query, const History<T>& history, float* scores, float* out) {
   const int64_t num_tokens = history.num_tokens, width = history.width;
+  const auto ask = [](const T* rows, int64_t elements) {
+    for (int64_t i = 0; i < elements; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows + i, 0, 2);
+  };
+  const int64_t ahead = kBytesAhead / static_cast<int64_t>(sizeof(T));
   if (width % kLanes == 0) {
     for (int64_t token = 0; token < num_tokens; token += kLanes) {
       Floats sums[kLanes] = {};
-      const int64_t count = std::min<int64_t>(kLanes, num_tokens - token);
-      for (int64_t j = 0; j < count; ++j) {
-        const T* key = history.keys + (token + j) * width;
-        for (int64_t i = 0; i < width; i += kLanes) sums[j] += load(query + i) * load(key + i);
+      const T* keys = history.keys + token * width;
+      ask(keys + ahead, kLanes * width);
+      const auto add_products = [&](int64_t j) {
+        for (int64_t i = 0; i < width; i += kLanes) sums[j] += load(query + i) * load(keys + j * width + i);
+      };
+      if (token + kLanes <= num_tokens) {
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kLanes; ++j) add_products(j);
+      } else {
+        for (int64_t j = 0; j < num_tokens - token; ++j) add_products(j);
       }
       store(scores + token, fold(sums));
     }
@@ -78,21 +91,32 @@ void attend(const float* query, const History<T>& history, float* scores, float*
   if (history.mask != nullptr)
     for (int64_t token = 0; token < num_tokens; ++token)
       if (!history.mask[token]) scores[token] = -std::numeric_limits<float>::infinity();
-  const float largest = *std::max_element(scores, scores + num_tokens);
-  float total = 0.0f;
-  for (int64_t token = 0; token < num_tokens; token += kLanes) {
-    float weights[kLanes];
-    store(weights, exponential(load(scores + token) - largest));
-    for (int64_t j = 0; j < std::min<int64_t>(kLanes, num_tokens - token); ++j) {
-      const bool real = history.mask == nullptr || history.mask[token + j];
-      total += scores[token + j] = real ? weights[j] : 0.0f;
-    }
+  // What fills up the last vector adds nothing.
+  const int64_t whole = (num_tokens + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + num_tokens, scores + whole, -std::numeric_limits<float>::infinity());
+  Floats highest = load(scores);
+  for (int64_t token = kLanes; token < whole; token += kLanes) {
+    const Floats some = load(scores + token);
+    highest = some > highest ? some : highest;
   }
+  float lanes[kLanes];
+  store(lanes, highest);
+  const float largest = *std::max_element(lanes, lanes + kLanes);
+  Floats totals = {};
+  for (int64_t token = 0; token < whole; token += kLanes) {
+    const Floats score = load(scores + token), minus_infinity = broadcast(-std::numeric_limits<float>::infinity());
+    // The exponential function is for finite numbers.
+    const Floats weights = score == minus_infinity ? Floats{} : exponential(score - largest);
+    store(scores + token, weights);
+    totals += weights;
+  }
+  const float total = sum(totals);
   std::fill_n(out, width, 0.0f);
   int64_t token = 0;
   for (; token + 4 <= num_tokens; token += 4) {
     const T* row = history.values + token * width;
     const T* const rows[4] = {row, row + width, row + 2 * width, row + 3 * width};
+    ask(row + ahead, 4 * width);
     add_rows<4>(out, rows, scores + token, 1, width);
   }
   for (; token < num_tokens; ++token) {
