@@ -303,7 +303,7 @@ OF_EVERY_TYPE = (
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [
-        (("-m", "", "-k", "sigmoid_pkm", "tests/layers", "tests/model", "tests/training/test_types.py"), 80),
+        (("-m", "not gpu", "-k", "sigmoid_pkm", "tests/layers", "tests/model", "tests/training/test_types.py"), 80),
         (OF_EVERY_TYPE, 150),
     ],
     ids=["layer", "every_type"],
