@@ -111,7 +111,7 @@ def _tables(model: UltraMemForCausalLM, statistics: tuple[dict[str, Tensor], ...
     for memory, found in zip(model.model.memories, statistics, strict=True):
         assert isinstance(pool, MemoryPool)
         slots_NK = found["slots_NK"]
-        rows = len(torch.unique(memory.window.physical_rows(slots_NK, memory.num_slots // memory.window.size)))
+        rows = len(torch.unique(memory.physical_rows(slots_NK)))
         num_rows += rows
         num_bytes += rows * sum(table[0].nbytes for table in pool.parameters())
         permutation = getattr(memory, "permutation", None)

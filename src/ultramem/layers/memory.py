@@ -271,7 +271,7 @@ class MemoryLayer(nn.Module):
         retrieved = self.retrieval(self.query_input(x, past).reshape(-1, self.hidden_size))
         scores_NKC = retrieved.scores_NHKC.flatten(1, 2)
         virtual_NK = self.virtual_slots(retrieved.slots_NHK.flatten(1))
-        rows_NK = self.window.physical_rows(virtual_NK, self.num_slots // self.window.size)
+        rows_NK = self.physical_rows(virtual_NK)
         weights_NKC = self.slot_weights(retrieved.scores_NHKC).flatten(1, 2)
         pre_inputs_NU = None if pool.pre_values is None else self.pre_input(x_ND)
         pooled = self.pool_rows(pool, virtual_NK, rows_NK, weights_NKC, pre_inputs_NU)
@@ -312,6 +312,10 @@ class MemoryLayer(nn.Module):
     def virtual_slots(self, slots_NK: Tensor) -> Tensor:
         """Virtual slots [N, K] behind the grid's."""
         return slots_NK
+
+    def physical_rows(self, virtual_NK: Tensor) -> Tensor:
+        """Rows of the pool [N, K] int64 behind virtual slots."""
+        return self.window.physical_rows(virtual_NK, self.num_slots // self.window.size)
 
     def slot_weights(self, scores_NHKC: Tensor) -> Tensor:
         """Weights of the selected slots: the scores as they are, or normalised."""
