@@ -64,15 +64,12 @@ constexpr int64_t kBytesAhead = 4096;
 template <class T>
 void attend(const float* query, const History<T>& history, float* scores, float* out) {
   const int64_t num_tokens = history.num_tokens, width = history.width;
-  const auto ask = [](const T* rows, int64_t elements) {
-    for (int64_t i = 0; i < elements; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows + i, 0, 2);
-  };
-  const int64_t ahead = kBytesAhead / static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T)), ahead = kBytesAhead / static_cast<int64_t>(sizeof(T));
   if (width % kLanes == 0) {
     for (int64_t token = 0; token < num_tokens; token += kLanes) {
       Floats sums[kLanes] = {};
       const T* keys = history.keys + token * width;
-      ask(keys + ahead, kLanes * width);
+      prefetch(keys + ahead, kLanes * row_bytes);
       const auto add_products = [&](int64_t j) {
         for (int64_t i = 0; i < width; i += kLanes) sums[j] += load(query + i) * load(keys + j * width + i);
       };
@@ -116,7 +113,7 @@ void attend(const float* query, const History<T>& history, float* scores, float*
   for (; token + 4 <= num_tokens; token += 4) {
     const T* row = history.values + token * width;
     const T* const rows[4] = {row, row + width, row + 2 * width, row + 3 * width};
-    ask(row + ahead, 4 * width);
+    prefetch(row + ahead, 4 * row_bytes);
     add_rows<4>(out, rows, scores + token, 1, width);
   }
   for (; token < num_tokens; ++token) {
